@@ -1,0 +1,266 @@
+"""The migration plan: a declarative JSON file that the solver emits, the CLI shows and the runtime executes.
+
+Field by field this is contracts section 5. Steps form a DAG; the runtime may start a step when all it depends on is
+done. Nothing secret and no wall-clock time is in a plan.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from spotserve.core.frozen import Frozen
+from spotserve.core.ids import GpuId, InstanceId, ReplicaId, RequestId, StepId
+from spotserve.core.slices import Slice
+from spotserve.core.snapshot import Replica, Snapshot
+from spotserve.core.spec import ServingSpec
+
+FORMAT_VERSION = "0.1"
+
+Mode = Literal["live", "in_place"]
+Reason = Literal[
+    "new_stage",
+    "holder_doomed",
+    "holder_alive",
+    "no_holder",
+    "request_moves",
+    "replica_changes",
+    "replica_retires",
+    "replica_lost",
+    "cut_over",
+    "kv_dropped",
+    "join",
+    "load",
+    "first_placement",
+]
+
+
+class EpochChange(Frozen):
+    """The epoch the plan starts from and the one its commit begins."""
+
+    from_: int = Field(alias="from")
+    to: int
+
+
+class Trigger(Frozen):
+    """Why there is a plan."""
+
+    kind: Literal["start", "notice", "lost", "joined", "load"]
+    instances: tuple[InstanceId, ...] = ()
+    remaining_s: float | None = None
+
+
+class KvRoute(Frozen):
+    """KV of `from_replica`'s requests in a rectangle of layers x kv heads goes to `to_replica`."""
+
+    from_replica: ReplicaId
+    to_replica: ReplicaId
+    layers: tuple[int, int]
+    kv_heads: tuple[int, int]
+
+
+class Route(Frozen):
+    """Requests of `from_replica` continue on `to_replica`."""
+
+    from_replica: ReplicaId
+    to_replica: ReplicaId
+
+
+class StepBase(Frozen):
+    """What every step has."""
+
+    id: StepId
+    depends_on: tuple[StepId, ...] = ()
+    estimated_s: float = Field(default=0.0, ge=0)
+    reason: Reason
+    before: str | None = None
+    after: str | None = None
+
+
+class Reserve(StepBase):
+    """Take memory for one position of a new replica generation: weights (new ranges) and the KV pool."""
+
+    kind: Literal["reserve"] = "reserve"
+    workers: tuple[GpuId, ...] = Field(min_length=1, max_length=1)
+    replica: ReplicaId
+    generation: int
+    stage: int
+    rank: int
+    bytes: int = Field(ge=0)
+
+
+class CopyWeights(StepBase):
+    """`destination` pulls `slices` from `source` for its position in `replica`."""
+
+    kind: Literal["copy_weights"] = "copy_weights"
+    source: GpuId
+    destination: GpuId
+    replica: ReplicaId
+    slices: tuple[Slice, ...]
+    bytes: int = Field(ge=0)
+
+
+class LoadWeights(StepBase):
+    """The worker reads `slices` from storage, as no holder is left (or it is the first placement)."""
+
+    kind: Literal["load_weights"] = "load_weights"
+    workers: tuple[GpuId, ...] = Field(min_length=1, max_length=1)
+    replica: ReplicaId
+    slices: tuple[Slice, ...]
+    bytes: int = Field(ge=0)
+
+
+class CopyKv(StepBase):
+    """`destination` follows the filled KV blocks of a rectangle at `source` until quiesce."""
+
+    kind: Literal["copy_kv"] = "copy_kv"
+    source: GpuId
+    destination: GpuId
+    route: KvRoute
+    bytes: int = Field(ge=0)
+
+
+class JoinGroup(StepBase):
+    """All ranks of a new replica generation open their mesh while the old one decodes."""
+
+    kind: Literal["join_group"] = "join_group"
+    workers: tuple[GpuId, ...]
+    replica: ReplicaId
+    generation: int
+
+
+class Quiesce(StepBase):
+    """Schedule nothing new on `replica`, drain its micro-batches, report positions."""
+
+    kind: Literal["quiesce"] = "quiesce"
+    workers: tuple[GpuId, ...] = Field(min_length=1, max_length=1)
+    replica: ReplicaId
+    not_before_s: float = Field(default=0.0, ge=0)
+    latest_s: float | None = Field(default=None, ge=0)
+
+
+class CopyKvDelta(StepBase):
+    """What the KV manifest names and `copy_kv` has not brought yet."""
+
+    kind: Literal["copy_kv_delta"] = "copy_kv_delta"
+    source: GpuId
+    destination: GpuId
+    route: KvRoute
+    bytes: int = Field(ge=0)
+
+
+class Commit(StepBase):
+    """The only commit point; run by the coordinator."""
+
+    kind: Literal["commit"] = "commit"
+
+
+class Activate(StepBase):
+    """A new replica generation starts to serve."""
+
+    kind: Literal["activate"] = "activate"
+    workers: tuple[GpuId, ...]
+    replica: ReplicaId
+    generation: int
+
+
+class Recompute(StepBase):
+    """Requests whose KV is not moved are prefilled again from the ledger."""
+
+    kind: Literal["recompute"] = "recompute"
+    requests: tuple[RequestId, ...]
+
+
+class Release(StepBase):
+    """A worker frees what the old generation of `replica` held and the new layout does not need."""
+
+    kind: Literal["release"] = "release"
+    workers: tuple[GpuId, ...] = Field(min_length=1, max_length=1)
+    replica: ReplicaId
+    generation: int
+    slices: tuple[Slice, ...] = ()
+    bytes: int = Field(default=0, ge=0)
+
+
+Step = Annotated[
+    Reserve
+    | CopyWeights
+    | LoadWeights
+    | CopyKv
+    | JoinGroup
+    | Quiesce
+    | CopyKvDelta
+    | Commit
+    | Activate
+    | Recompute
+    | Release,
+    Field(discriminator="kind"),
+]
+
+
+class Target(Frozen):
+    """Every replica after the plan; untouched ones keep id and generation."""
+
+    replicas: tuple[Replica, ...]
+
+
+class RequestAction(Frozen):
+    """What becomes of one request of an affected replica."""
+
+    request: RequestId
+    action: Literal["finish", "move", "recompute"]
+    to_replica: ReplicaId | None = None
+
+
+class SolverReport(Frozen):
+    """Who decided, how sure, and the certificate if there is one."""
+
+    name: str
+    status: Literal["optimal", "feasible", "infeasible", "unknown"]
+    objective: float = 0.0
+    bound: float = 0.0
+    gap: float = 0.0
+    certificate: dict[str, str | int | float] | None = None
+
+
+class Estimates(Frozen):
+    """Predicted times of the plan, seconds."""
+
+    copy_s: float = 0.0
+    stall_s: float = 0.0
+    done_s: float = 0.0
+    slack_s: float | None = None
+
+
+class Plan(Frozen):
+    """A whole migration plan."""
+
+    format_version: str = FORMAT_VERSION
+    epoch: EpochChange
+    trigger: Trigger
+    mode: Mode = "live"
+    policy: str
+    policy_version: int
+    spec: ServingSpec
+    spec_digest: str
+    snapshot: Snapshot
+    snapshot_digest: str
+    target: Target
+    routes: tuple[Route, ...] = ()
+    requests: tuple[RequestAction, ...] = ()
+    solver: dict[str, SolverReport] = {}
+    estimates: Estimates = Estimates()
+    fallback: tuple[Literal["all_kv", "hottest_kv", "tokens_only"], ...] = ("all_kv", "hottest_kv", "tokens_only")
+    applyable: bool
+    complete: bool
+    steps: tuple[Step, ...] = ()
+
+
+class PlanningProblem(Frozen):
+    """What `SolvePlan` carries to the planner process, and `spotserve plan` builds from a case."""
+
+    spec: ServingSpec
+    snapshot: Snapshot
+    trigger: Trigger
+    epoch_to: int

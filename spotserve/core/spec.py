@@ -1,0 +1,142 @@
+"""What is served and with what: the model's parameter table, the profile, the limits.
+
+The parameter table is written once by a short process that may import transformers; planner, workers and
+simulator then read shapes and cuts from here alone (design section 3).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from spotserve.core.frozen import Frozen
+
+ParameterKind = Literal["col", "row", "packed_col", "replicated", "reduce_output"]
+DType = Literal["float32", "bfloat16", "float16"]
+
+DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+KV_BLOCK_TOKENS = 16
+"""Tokens per KV cache block; equal to the query tile of deterministic mode."""
+
+
+class Axis(Frozen):
+    """One axis that tensor parallelism deals out: its size and the chunks that no rank may cut.
+
+    `chunks` are half-open, contiguous, and cover [0, size). For an axis that feeds a row-parallel sum they are
+    the reduction chunks of contracts section 7. `cover_of` names the axis of which this one is the cover (kv
+    heads cover q heads, `group` q heads to each); its own chunks are then unused and empty.
+    """
+
+    name: str
+    size: int = Field(ge=1)
+    chunks: tuple[tuple[int, int], ...] = ()
+    cover_of: str | None = None
+    group: int = Field(default=1, ge=1)
+
+
+class Segment(Frozen):
+    """A run of a parameter's split dimension that follows an axis: [offset, offset + unit * axis.size)."""
+
+    offset: int = Field(ge=0)
+    axis: str
+    unit: int = Field(ge=1)
+
+
+class Parameter(Frozen):
+    """One row of the parameter table.
+
+    `name` holds `{layer}` for a parameter of a decoder layer. `stage` says which pipeline stage owns it.
+    `source` is the tensor's name on disk where it differs (tied embeddings), with `{layer}` as well.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: ParameterKind
+    dim: int = 0
+    segments: tuple[Segment, ...] = ()
+    stage: Literal["first", "layer", "last"]
+    source: str | None = None
+
+
+class ModelSpec(Frozen):
+    """A model, as far as planning and sharding need to know it."""
+
+    name: str
+    digest: str
+    architecture: str
+    dtype: DType
+    num_layers: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    num_q_heads: int = Field(ge=1)
+    num_kv_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    vocab_size: int = Field(ge=1)
+    max_model_len: int = Field(ge=1)
+    axes: tuple[Axis, ...]
+    parameters: tuple[Parameter, ...]
+
+    def axis(self, name: str) -> Axis:
+        """The axis called `name`."""
+        return next(axis for axis in self.axes if axis.name == name)
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one weight or KV element."""
+        return DTYPE_BYTES[self.dtype]
+
+
+class LatencyPoint(Frozen):
+    """Measured milliseconds of one decoder layer for one forward of `tokens` rows at tensor degree `tensor`."""
+
+    tokens: int = Field(ge=1)
+    tensor: int = Field(ge=1)
+    layer_ms: float = Field(gt=0)
+
+
+class Profile(Frozen):
+    """Measured times and rates the cost model works with."""
+
+    name: str
+    source: str
+    device: str
+    latencies: tuple[LatencyPoint, ...] = Field(min_length=1)
+    stage_overhead_ms: float = Field(default=0.5, ge=0)
+    link_bytes_per_s: float = Field(gt=0)
+    storage_bytes_per_s: float = Field(gt=0)
+    round_trip_s: float = Field(default=0.002, ge=0)
+    start_s: float = Field(default=5.0, ge=0)
+
+
+class Limits(Frozen):
+    """Bounds and choices a person made: pinned degrees, batch, headroom."""
+
+    data: int | None = Field(default=None, ge=1)
+    pipeline: int | None = Field(default=None, ge=1)
+    tensor: int | None = Field(default=None, ge=1)
+    max_running: int = Field(default=8, ge=1)
+    max_model_len: int = Field(ge=1)
+    kv_block_tokens: int = Field(default=KV_BLOCK_TOKENS, ge=1)
+    migration_headroom_bytes: int = Field(default=0, ge=0)
+    min_kv_tokens: int = Field(default=0, ge=0)
+    """KV tokens one replica must at least hold; 0 means one sequence of `max_model_len`."""
+
+
+class ServingSpec(Frozen):
+    """All that a plan is made for beside the world itself; `spec_digest` covers it."""
+
+    model: ModelSpec
+    profile: Profile
+    limits: Limits
+    policy: str = "live"
+    policy_version: int = 1
+    solvers: dict[str, str] = {}
+    deterministic: bool = True
+
+    @model_validator(mode="after")
+    def _within_model(self) -> ServingSpec:
+        if self.limits.max_model_len > self.model.max_model_len:
+            raise ValueError(
+                f"max_model_len {self.limits.max_model_len} exceeds the model's {self.model.max_model_len}"
+            )
+        return self
