@@ -173,13 +173,18 @@ class Recompute(StepBase):
 
 
 class Release(StepBase):
-    """A worker frees what the old generation of `replica` held and the new layout does not need."""
+    """A worker frees what the old generation of `replica` held and the new layout does not need.
+
+    `slices` are the weights to free; `kv` says that the generation's KV pool is freed with them (in_place plans also
+    release weights layer by layer, the pool once).
+    """
 
     kind: Literal["release"] = "release"
     workers: tuple[GpuId, ...] = Field(min_length=1, max_length=1)
     replica: ReplicaId
     generation: int
     slices: tuple[Slice, ...] = ()
+    kv: bool = True
     bytes: int = Field(default=0, ge=0)
 
 

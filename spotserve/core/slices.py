@@ -80,6 +80,12 @@ def axis_range(model: ModelSpec, axis: Axis, *, tensor: int, rank: int) -> tuple
     return axis.chunks[first][0], axis.chunks[last - 1][1]
 
 
+def owned_chunks(axis: Axis, *, tensor: int, rank: int) -> tuple[tuple[int, int], ...]:
+    """The reduction chunks of `axis` that a rank computes, in the global order."""
+    first, last = split_evenly(len(axis.chunks), tensor)[rank]
+    return axis.chunks[first:last]
+
+
 def q_head_range(model: ModelSpec, *, tensor: int, rank: int) -> tuple[int, int]:
     """The q heads a rank computes."""
     return axis_range(model, model.axis("q_heads"), tensor=tensor, rank=rank)

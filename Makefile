@@ -1,0 +1,76 @@
+# What a person types: make setup, make run, make test. Everything else builds on these.
+#
+#   PYTHON       the Python that makes the virtual environment (3.11 or newer)
+#   TORCH_INDEX  package index for torch, such as PyTorch's CPU index; empty: the default index
+#   PORT         port of `make run`; empty: the configured one
+#   ARGS         further arguments of `make run`
+#   PYTEST_ARGS  further arguments of every pytest run
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+PORT ?=
+ARGS ?=
+PYTEST_ARGS ?=
+
+# One thread per torch process: bit-equal sums, and no oversubscription with several workers on one machine.
+export OMP_NUM_THREADS = 1
+export MKL_NUM_THREADS = 1
+
+BIN := .venv/bin
+STAMP := .venv/.set-up
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run lint types walk test check quick test-all schemas clean
+
+help:
+	@echo "make setup     create .venv and install everything ($(STAMP) tells when)"
+	@echo "make run       start the daemon: make run ARGS=\"MODEL --instances 4\" PORT=8000"
+	@echo "make test      every test that this machine can run"
+	@echo "make check     lint, types, import walk, then make test"
+	@echo "make quick     lint, types, import walk, unit and virtual-world tests; at most 90 s"
+
+setup: $(STAMP)
+
+# torch first and by itself, so that the index for it is used for nothing else; the rest never changes its version.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("python %d.%d is older than 3.11: set PYTHON" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet -e ".[dev]" -c constraints.txt
+	@touch $@
+
+run: $(STAMP)
+	@exec $(BIN)/spotserve run $(ARGS) $(if $(PORT),--port $(PORT))
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy spotserve
+
+walk: $(STAMP)
+	$(PYTEST) -q tests/test_imports.py tests/test_tidy.py
+
+test: $(STAMP)
+	$(PYTEST) $(PYTEST_ARGS)
+
+# One after the other whatever -j says: a failing linter is told before ten minutes of tests.
+check: $(STAMP)
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory types
+	@$(MAKE) --no-print-directory walk
+	@$(MAKE) --no-print-directory test
+
+quick: $(STAMP)
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory types
+	$(PYTEST) -q -m "not e2e and not slow" $(PYTEST_ARGS)
+
+test-all:
+	@echo "make test-all is not there yet: the grid of degrees, disturbances and dtypes comes with the other model families; make test runs every test there is" >&2
+	@exit 1
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

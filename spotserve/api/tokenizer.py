@@ -1,0 +1,173 @@
+"""Text to token ids and back with a model folder's own files, without importing transformers.
+
+`tokenizer.json` holds the whole pipeline; `tokenizer_config.json` the chat template and whether BOS/EOS are added;
+`generation_config.json` and `config.json` the EOS ids and sampling defaults. Nothing in a folder is executed but
+the chat template, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+
+from spotserve.api.chat_template import ChatTemplate
+from spotserve.core.frozen import Frozen
+from spotserve.errors import ModelError
+
+_SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_LONGEST_TOKEN_BYTES = 16
+"""Bytes per token assumed at least when a text is refused as too long before it is tokenised."""
+
+
+class GenerationDefaults(Frozen):
+    """What a folder says about generating: where to stop and how to sample unless a request says else."""
+
+    eos_token_ids: tuple[int, ...] = ()
+    temperature: float = Field(default=1.0, ge=0.0, le=2.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=0, le=1_000_000)
+
+    @classmethod
+    def load(cls, folder: Path) -> GenerationDefaults:
+        """Read `generation_config.json`, and `config.json` for EOS ids that it does not name.
+
+        `do_sample: false` means greedy, which is temperature 0.
+        """
+        generation = _read_json(folder / "generation_config.json")
+        config = _read_json(folder / "config.json")
+        eos = generation.get("eos_token_id", config.get("eos_token_id"))
+        fields: dict[str, Any] = {
+            name: generation[name] for name in ("temperature", "top_p", "top_k") if generation.get(name) is not None
+        }
+        if generation.get("do_sample") is False:
+            fields["temperature"] = 0.0
+        try:
+            return cls(eos_token_ids=_as_ids(eos), **fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ModelError(f"{folder}/generation_config.json: {first['loc'][0]} {first['input']!r}: {first['msg']}") from error
+
+
+class TextCodec:
+    """The tokenizer of a folder: encodes prompts, decodes tokens, renders chats."""
+
+    def __init__(self, tokenizer: Tokenizer, *, eos_token_ids: Sequence[int] = (), template: ChatTemplate | None) -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self.template = template
+        vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+        added = tokenizer.get_added_tokens_decoder()
+        special = {token_id for token_id, token in added.items() if token.special}
+        self._visible = frozenset(vocabulary.values()) - special - set(eos_token_ids)
+        self._longest_token_bytes = max(
+            (len(token.encode(errors="replace")) for token in vocabulary), default=_LONGEST_TOKEN_BYTES
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> TextCodec | None:
+        """The codec of a model folder; None when it has no `tokenizer.json`, so that it serves ids only.
+
+        Raises:
+            ModelError: A file is there but cannot be read.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            return None
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception for every kind of broken file
+            raise ModelError(f"{path} cannot be read: {error}") from error
+        config = _read_json(folder / "tokenizer_config.json")
+        tokens = _special_tokens(config)
+        _set_bos_eos(tokenizer, config, tokens)
+        source = _template_source(folder, config)
+        template = None if source is None else ChatTemplate(source, tokens)
+        return cls(tokenizer, eos_token_ids=GenerationDefaults.load(folder).eos_token_ids, template=template)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Token ids of a text, as transformers would give."""
+        return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def hidden(self, token_id: int) -> bool:
+        """True for special tokens, EOS and ids past the tokenizer's own vocabulary: they have no text."""
+        return token_id not in self._visible
+
+    def max_text_bytes(self, max_tokens: int) -> int:
+        """A longer text cannot be `max_tokens` tokens; it is refused before it is tokenised."""
+        return max_tokens * max(self._longest_token_bytes, _LONGEST_TOKEN_BYTES)
+
+    def close(self) -> None:
+        """End the template's process."""
+        if self.template is not None:
+            self.template.close()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds a {type(value).__name__}, not an object")
+    return value
+
+
+def _as_ids(value: Any) -> tuple[int, ...]:
+    """EOS ids are an int or a list of ints on disk."""
+    values = value if isinstance(value, list) else [value]
+    return tuple(item for item in values if isinstance(item, int) and not isinstance(item, bool) and item >= 0)
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
+    """The named special tokens, each a string or an object with `content` on disk."""
+    tokens = {}
+    for name in _SPECIAL_TOKEN_NAMES:
+        value = config.get(name)
+        content = value.get("content") if isinstance(value, dict) else value
+        if isinstance(content, str):
+            tokens[name] = content
+    return tokens
+
+
+def _set_bos_eos(tokenizer: Tokenizer, config: dict[str, Any], tokens: dict[str, str]) -> None:
+    """Obey explicit `add_bos_token`/`add_eos_token`: transformers then replaces the file's post-processor."""
+    if "add_bos_token" not in config and "add_eos_token" not in config:
+        return
+    before = [tokens["bos_token"]] if config.get("add_bos_token") and "bos_token" in tokens else []
+    after = [tokens["eos_token"]] if config.get("add_eos_token") and "eos_token" in tokens else []
+    named = [(token, tokenizer.token_to_id(token)) for token in sorted({*before, *after})]
+    if any(token_id is None for _, token_id in named):
+        raise ModelError(f"special tokens {[token for token, _ in named]} are not all in the vocabulary")
+    tokenizer.post_processor = TemplateProcessing(
+        single=[*(f"{token}:0" for token in before), "$A:0", *(f"{token}:0" for token in after)],
+        pair=[*(f"{token}:0" for token in before), "$A:0", "$B:1", *(f"{token}:0" for token in after)],
+        special_tokens=named,
+    )
+
+
+def _template_source(folder: Path, config: dict[str, Any]) -> str | None:
+    """The chat template: a file of its own wins over `tokenizer_config.json`; of several the one named default."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path} cannot be read: {error}") from error
+    value = config.get("chat_template")
+    if isinstance(value, list):
+        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+        value = named.get("default")
+    return value if isinstance(value, str) else None

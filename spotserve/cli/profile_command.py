@@ -1,0 +1,72 @@
+"""`spotserve profile`: measures what the cost model needs to know about a model on this machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+
+from spotserve.cli.admin_commands import Format, Json, table, wanted_format
+from spotserve.cli.config import Origin, choice, state_home
+from spotserve.core.canonical import canonical_json
+from spotserve.core.options import Device
+from spotserve.core.spec import DType, Profile
+from spotserve.errors import ModelError, SpecError
+from spotserve.runtime.profiles import profile_of, write_whole
+
+
+def register(app: typer.Typer) -> None:
+    """Add `profile` to the command line."""
+    app.command()(profile)
+
+
+def profile(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Checkpoint folder.")],
+    device: Annotated[str, typer.Option(metavar="cpu|cuda", help="What to measure on.")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(metavar="float32|bfloat16|float16", help="Weights and KV [default: the checkpoint's].")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write the JSON there.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure even if this model has been measured here.")] = False,
+    output: Format = "table",
+    as_json: Json = False,
+) -> None:
+    """Measure layer times, link rate and storage rate of MODEL on this machine."""
+    wanted = wanted_format(output, as_json)
+    choice(get_args(Device))(device, Origin("--device"))
+    if dtype is not None:
+        choice(get_args(DType))(dtype, Origin("--dtype"))
+    if not model.is_dir():
+        raise ModelError(f"MODEL {model} is not a folder", hint="give a folder with config.json and safetensors")
+    measured = profile_of(model, device=device, dtype=dtype, cache=default_cache(), again=again)
+    if out is not None:
+        try:
+            write_whole(out, canonical_json(measured))
+        except OSError as error:
+            raise SpecError(f"--out {out} cannot be written: {error.strerror}") from error
+    if out is None or wanted == "json":
+        typer.echo(canonical_json(measured) if wanted == "json" else profile_text(measured), nl=False)
+
+
+def default_cache() -> Path:
+    """Where measured profiles are kept, whatever the daemon's port."""
+    return Path(state_home(os.environ)) / "profiles"
+
+
+def profile_text(measured: Profile) -> str:
+    """The table view of a profile."""
+    degrees = sorted({point.tensor for point in measured.latencies})
+    times = {(point.tokens, point.tensor): point.layer_ms for point in measured.latencies}
+    rows = [
+        (tokens, *(f"{times[tokens, degree]:.3f}" for degree in degrees))
+        for tokens in sorted({point.tokens for point in measured.latencies})
+    ]
+    layers = table(("TOKENS", *(f"TENSOR {degree} (ms)" for degree in degrees)), rows)
+    return (
+        f"{measured.name} on {measured.device}\n\n{layers}\n\n"
+        f"link     {measured.link_bytes_per_s / 2**20:.0f} MiB/s, round trip {measured.round_trip_s * 1e6:.0f} us\n"
+        f"storage  {measured.storage_bytes_per_s / 2**20:.0f} MiB/s\n"
+        f"start    {measured.start_s:.1f} s, per stage {measured.stage_overhead_ms:.3f} ms\n"
+    )

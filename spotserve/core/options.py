@@ -1,0 +1,68 @@
+"""What a person may decide about a daemon: the flags of `spotserve run`, validated and with their defaults.
+
+The command line, the environment and the configuration file all end here (`cli/config.py`); `app.py` reads
+nothing else. Paths are strings, as core knows no file system.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from spotserve.core.frozen import Frozen
+from spotserve.core.spec import DType
+
+Device = Literal["cpu", "cuda"]
+LogFormat = Literal["console", "json"]
+
+POLICY_NAMES = ("live", "reroute", "reparallelize", "paper", "ondemand")
+SOLVER_KINDS = ("configure", "place", "migrate", "fleet", "arrange")
+LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
+
+
+class GpuMemory(Frozen):
+    """The memory budget of one GPU: so many bytes, or a share of what is free, dealt equally to all GPUs."""
+
+    total_bytes: int | None = Field(default=None, gt=0)
+    free_share: float | None = Field(default=None, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> GpuMemory:
+        if (self.total_bytes is None) == (self.free_share is None):
+            raise ValueError("a GPU memory budget is either bytes or a share")
+        return self
+
+
+class RunOptions(Frozen):
+    """Everything `spotserve run` can be told. `None` means: the default that depends on the model or the machine."""
+
+    model: str | None = None
+    """A checkpoint folder; None is the built-in model."""
+    instances: int = Field(default=4, ge=0, le=1024)
+    gpus_per_instance: int = Field(default=1, ge=1, le=64)
+    gpu_memory: GpuMemory | None = None
+    data: int | None = Field(default=None, ge=1)
+    pipeline: int | None = Field(default=None, ge=1)
+    tensor: int | None = Field(default=None, ge=1)
+    dtype: DType | None = None
+    device: Device = "cpu"
+    policy: str = "live"
+    solvers: dict[str, str] = {}
+    """Solver kind -> name, for the kinds that the policy's default shall not decide."""
+    trace: str | None = None
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    max_model_len: int | None = Field(default=None, ge=1)
+    max_num_seqs: int = Field(default=8, ge=1)
+    max_queue: int = Field(default=1024, ge=1)
+    served_model_name: str | None = None
+    api_key: str | None = Field(default=None, min_length=1, repr=False)
+    state_dir: str
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    deterministic: bool = True
+    drain_s: float = Field(default=30.0, ge=0)
+    orphan_timeout_s: float = Field(default=60.0, gt=0)
+    log_format: LogFormat = "console"
+    fresh: bool = False
+    """Begin a new journal whatever the state dir holds."""

@@ -1,0 +1,215 @@
+"""Driving a plan run: start each step when what it depends on is done, make durable, commit, finish, or abort."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from spotserve.core import commands as cmd
+from spotserve.core import events as ev
+from spotserve.core.admission import by_arrival, readmit
+from spotserve.core.ids import ReplicaId, RequestId
+from spotserve.core.plan import CopyKvDelta, Plan, Quiesce, Step
+from spotserve.core.record import record
+from spotserve.core.state import ClusterState, PlanRun, Request
+from spotserve.core.wire import ChoicePosition
+
+RETRY_S = 0.5
+MAX_RETRY_S = 10.0
+RUN_PATIENCE_S = 60.0
+DEADLINE_MARGIN_S = 0.3
+"""Before the instance is taken: what the last steps of a plan need to be over."""
+
+
+def retry_at_s(state: ClusterState) -> float:
+    """When to plan again after a failure: later each time."""
+    delay_s: float = min(RETRY_S * 2.0 ** min(state.num_retries, 8), MAX_RETRY_S)
+    return state.at_s + delay_s
+
+
+def begin(state: ClusterState, plan: Plan) -> Iterator[cmd.Command]:
+    command = cmd.BeginRun(plan=plan)
+    yield command
+    state = record(state, command)
+    patience_s = RUN_PATIENCE_S + 3 * plan.estimates.done_s
+    yield cmd.SetTimer(timer=f"run:{plan.epoch.to}", at_s=state.at_s + patience_s)
+    latest = [s.latest_s for s in plan.steps if isinstance(s, Quiesce) and s.latest_s is not None]
+    if latest:
+        yield cmd.SetTimer(timer=f"latest:{plan.epoch.to}", at_s=state.at_s + min(latest))
+    deadlines = [i.deadline_at_s for i in state.instances.values() if i.deadline_at_s is not None]
+    if deadlines:
+        at_s = max(state.at_s, min(deadlines) - DEADLINE_MARGIN_S)
+        yield cmd.SetTimer(timer=f"delta:{plan.epoch.to}", at_s=at_s)
+    assert state.run is not None
+    yield from _advance(state, state.run)
+
+
+def drive_run(before: ClusterState, state: ClusterState, event: ev.Event) -> Iterator[cmd.Command]:
+    """Drive the run: abort it, or start every step that may start, make durable, commit, finish."""
+    run = state.run
+    if run is None:
+        return
+    if isinstance(event, ev.CoordinatorRestarted):
+        yield from _restart_run(state, run)
+        return
+    reason = _abort_reason(state, run, event)
+    if reason is not None:
+        yield from _abort(state, run, reason)
+        return
+    yield from _advance(state, run)
+
+
+def _restart_run(state: ClusterState, run: PlanRun) -> Iterator[cmd.Command]:
+    """Before its commit a run dies with its coordinator; after it, what was under way is asked for again."""
+    if not run.committed:
+        yield from _abort(state, run, "coordinator restarted")
+        return
+    for step in run.plan.steps:
+        if run.steps[step.id] == "running":
+            yield _execution(state, run, step)
+    for replica in run.plan.target.replicas:
+        if replica.generation != run.epoch:
+            yield from readmit(state, replica)
+
+
+def _abort_reason(state: ClusterState, run: PlanRun, event: ev.Event) -> str | None:
+    if run.committed:
+        return None
+    if state.trigger in ("notice", "lost"):
+        return state.trigger
+    if isinstance(event, ev.StepFailed) and event.epoch == run.epoch:
+        step = next((s for s in run.plan.steps if s.id == event.step), None)
+        if step is not None and step.kind not in ("copy_kv", "copy_kv_delta"):
+            return f"step {event.step} failed: {event.error}"
+    if isinstance(event, ev.TimerFired) and event.timer == f"run:{run.epoch}":
+        return "run took too long"
+    if any(e.state == "lost" and e.replica.generation == run.epoch for e in state.replicas.values()):
+        return "lost"
+    return None
+
+
+def _abort(state: ClusterState, run: PlanRun, reason: str) -> Iterator[cmd.Command]:
+    resume = tuple(
+        (name, entry.replica.generation) for name, entry in state.replicas.items() if entry.state == "quiesced"
+    )
+    yield cmd.AbortRun(epoch=run.epoch, reason=reason, resume=resume)
+    if state.trigger is None:
+        yield cmd.SetTimer(timer="replan", at_s=retry_at_s(state))
+
+
+def _advance(state: ClusterState, run: PlanRun) -> Iterator[cmd.Command]:
+    """Everything that can happen now; a step that ends at once lets the next begin in the same entry."""
+    for step in run.plan.steps:
+        if run.steps[step.id] == "pending" and step.kind not in ("commit", "recompute") and _may_start(run, step):
+            command = _execution(state, run, step)
+            yield command
+            state = record(state, command)
+            assert state.run is not None
+            run = state.run
+    if run.durability == "wanted" and _all(run, "quiesce"):
+        yield cmd.MakeDurable(epoch=run.epoch, positions=run.positions)
+        return
+    if not run.committed and run.durability == "durable" and _commit_ready(run):
+        commit = _commit(state, run)
+        yield commit
+        state = record(state, commit)
+        assert state.run is not None
+        yield from _admit_moved(state, state.run, commit)
+        yield from _advance(state, state.run)
+        return
+    if run.committed and all(status in ("done", "late") for status in run.steps.values()):
+        yield cmd.FinishRun(epoch=run.epoch)
+
+
+def _settled(run: PlanRun, step_id: str) -> bool:
+    return any(run.steps[name] in ("done", "late") for name in run.steps if name == step_id)
+
+
+def _may_start(run: PlanRun, step: Step) -> bool:
+    return all(_settled(run, name) for name in step.depends_on)
+
+
+def _all(run: PlanRun, kind: str) -> bool:
+    return all(_settled(run, step.id) for step in run.plan.steps if step.kind == kind)
+
+
+def _commit_ready(run: PlanRun) -> bool:
+    commits = [step for step in run.plan.steps if step.kind == "commit"]
+    return all(_may_start(run, step) for step in commits)
+
+
+def _execution(state: ClusterState, run: PlanRun, step: Step) -> cmd.ExecuteStep:
+    manifest: tuple[ChoicePosition, ...] = ()
+    admissions: tuple[cmd.Admission, ...] = ()
+    if isinstance(step, CopyKvDelta):
+        manifest = _manifest(state, run, step.route.from_replica)
+    if step.kind == "activate":
+        admissions = _admissions_of(state, run, step.replica)
+    return cmd.ExecuteStep(epoch=run.epoch, step=step, manifest=manifest, admissions=admissions)
+
+
+def _manifest(state: ClusterState, run: PlanRun, replica: ReplicaId) -> tuple[ChoicePosition, ...]:
+    """Positions of the open requests of one quiesced replica."""
+    return tuple(
+        p for p in run.positions if p.request in state.requests and state.requests[p.request].replica == replica
+    )
+
+
+def _admissions_of(state: ClusterState, run: PlanRun, replica: ReplicaId) -> tuple[cmd.Admission, ...]:
+    """The requests that the commit gave to `replica`, with the KV that moved."""
+    missing = set(run.missing)
+    admissions = []
+    for request in by_arrival(state.requests.values()):
+        if request.replica != replica or request.id not in {p.request for p in run.positions}:
+            continue
+        choices = tuple(p for p in run.positions if p.request == request.id and (p.request, p.choice) not in missing)
+        admissions.append(cmd.Admission(request=request.id, kv_generation=request.kv_generation, choices=choices))
+    return tuple(admissions)
+
+
+def _commit(state: ClusterState, run: PlanRun) -> cmd.CommitRun:
+    """Who owns what from now on: moved requests with their KV, all others nobody until they are admitted again."""
+    missing = set(run.missing)
+    targets = {replica.id: replica for replica in run.plan.target.replicas}
+    owners: list[cmd.OwnerChange] = []
+    moved: list[cmd.Admission] = []
+    recomputed: list[RequestId] = []
+    for entry in state.replicas.values():
+        if entry.state != "quiesced":
+            continue
+        for request in state.requests_of(entry.replica.id, entry.replica.generation):
+            target = _target_of(run.plan, request, entry.replica.id)
+            positions = [p for p in run.positions if p.request == request.id]
+            kept = tuple(p for p in positions if (p.request, p.choice) not in missing)
+            if target is None or target not in targets or not kept:
+                owners.append(cmd.OwnerChange(request=request.id, replica=None, generation=0))
+                recomputed.append(request.id)
+                continue
+            generation = targets[target].generation
+            owners.append(cmd.OwnerChange(request=request.id, replica=target, generation=generation))
+            moved.append(cmd.Admission(request=request.id, kv_generation=request.kv_generation, choices=kept))
+    return cmd.CommitRun(
+        epoch=run.epoch,
+        owners=tuple(owners),
+        moved=tuple(moved),
+        recomputed=tuple(recomputed),
+    )
+
+
+def _target_of(plan: Plan, request: Request, replica: ReplicaId) -> ReplicaId | None:
+    """Where a request's KV goes: its own action, else its replica's route. None: nowhere, it is recomputed."""
+    for action in plan.requests:
+        if action.request == request.id:
+            return action.to_replica if action.action == "move" else None
+    routed = [route.to_replica for route in plan.routes if route.from_replica == replica]
+    copied = {s.route.to_replica for s in plan.steps if s.kind == "copy_kv_delta" and s.route.from_replica == replica}
+    return next((name for name in routed if name in copied), None)
+
+
+def _admit_moved(state: ClusterState, run: PlanRun, command: cmd.CommitRun) -> Iterator[cmd.Command]:
+    """Requests that moved into an untouched replica go to its leader; new replicas get theirs by `activate`."""
+    for replica in run.plan.target.replicas:
+        if replica.generation == run.epoch:
+            continue
+        admissions = tuple(a for a in command.moved if state.requests[a.request].replica == replica.id)
+        if admissions:
+            yield cmd.AdmitRequests(replica=replica.id, generation=replica.generation, admissions=admissions)

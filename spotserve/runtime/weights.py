@@ -1,0 +1,204 @@
+"""The weight store of one GPU: slices in global coordinates, shared between replica generations.
+
+A slice is held once however many generations reserved it; a new cut that overlaps what is held takes the common part
+by a local copy, so only what is really missing is received or loaded. Weights never change once written, so readers
+(the engine, transfers to other workers) need no lock while bytes are copied; only the tables are guarded.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from spotserve.core.slices import Slice, intersect, parameter_of, subtract
+from spotserve.core.spec import ModelSpec
+from spotserve.errors import InvariantError
+from spotserve.runtime.checkpoint import TORCH_DTYPES
+
+Range = tuple[int, int]
+
+
+@dataclass(slots=True)
+class _Piece:
+    """One reserved range and the part of it that is written."""
+
+    slice: Slice
+    tensor: Tensor
+    references: int = 0
+    filled: list[Range] = field(default_factory=list)
+
+    def view(self, start: int, stop: int) -> Tensor:
+        return self.tensor.narrow(self.slice.dim, start - self.slice.start, stop - start)
+
+
+class WeightStore:
+    """Holds slices of the parameters of `model` on `device`. Thread-safe."""
+
+    def __init__(self, model: ModelSpec, *, device: str = "cpu") -> None:
+        self._model = model
+        self._device = device
+        self._dtype = TORCH_DTYPES[model.dtype]
+        self._lock = threading.RLock()
+        self._pieces: dict[str, dict[Slice, _Piece]] = {}
+
+    def reserve(self, slices: Iterable[Slice]) -> None:
+        """Hold `slices` (once more): allocate what is new, and copy in what other held slices have of it.
+
+        Every `reserve` needs its `release`; they count.
+        """
+        for wanted in slices:
+            with self._lock:
+                pieces = self._pieces.setdefault(wanted.parameter, {})
+                piece = pieces.get(wanted)
+                if piece is None:
+                    piece = pieces[wanted] = _Piece(wanted, self._empty(wanted))
+                    self._fill_locally(piece)
+                piece.references += 1
+
+    def release(self, slices: Iterable[Slice]) -> None:
+        """Let go of `slices` once; what nobody holds any more is freed."""
+        with self._lock:
+            for released in slices:
+                pieces = self._pieces.get(released.parameter, {})
+                if released not in pieces:
+                    raise InvariantError(f"{released} is not held")
+                pieces[released].references -= 1
+                if not pieces[released].references:
+                    del pieces[released]
+                if not pieces:
+                    del self._pieces[released.parameter]
+
+    def missing(self, slices: Iterable[Slice]) -> tuple[Slice, ...]:
+        """The ranges of `slices` that are not written yet, after taking over what other slices got meanwhile."""
+        with self._lock:
+            return tuple(
+                Slice(parameter=wanted.parameter, dim=wanted.dim, start=start, stop=stop)
+                for wanted in slices
+                for start, stop in subtract([(wanted.start, wanted.stop)], self._written(wanted))
+            )
+
+    def holdings(self) -> tuple[Slice, ...]:
+        """All written ranges, joined, sorted by parameter."""
+        with self._lock:
+            return tuple(
+                Slice(parameter=name, dim=dim, start=start, stop=stop)
+                for name in sorted(self._pieces)
+                for dim in sorted({piece.slice.dim for piece in self._pieces[name].values()})
+                for start, stop in _joined(self._filled(name, dim))
+            )
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of every reserved slice, written or not."""
+        with self._lock:
+            return sum(
+                piece.tensor.numel() * piece.tensor.element_size()
+                for pieces in self._pieces.values()
+                for piece in pieces.values()
+            )
+
+    def range_shape(self, piece: Slice) -> tuple[int, ...]:
+        """The shape of the tensor that `read_range` gives and `write_range` takes."""
+        shape = list(parameter_of(self._model, piece.parameter).shape)
+        shape[piece.dim] = piece.stop - piece.start
+        return tuple(shape)
+
+    def read_range(self, parameter: str, dim: int, start: int, stop: int) -> Tensor:
+        """A contiguous tensor of a written range: a view where memory allows, else a copy. Never write to it.
+
+        Raises:
+            KeyError: part of the range is not held here (any more).
+        """
+        sources = self._sources(parameter, dim, start, stop)
+        if len(sources) == 1:
+            return sources[0].contiguous()
+        return torch.cat(sources, dim=dim)
+
+    def write_range(self, parameter: str, dim: int, start: int, stop: int, tensor: Tensor) -> None:
+        """Write a range into every held slice that has part of it, and mark it written there.
+
+        What is written already is left alone: it is the same, and somebody may be reading it.
+        """
+        with self._lock:
+            targets = [piece for piece in self._pieces.get(parameter, {}).values() if piece.slice.dim == dim]
+        for piece in targets:
+            wanted = intersect([(start, stop)], [(piece.slice.start, piece.slice.stop)])
+            for low, high in subtract(wanted, list(piece.filled)):
+                piece.view(low, high).copy_(tensor.narrow(dim, low - start, high - low))
+                self._mark(piece, (low, high))
+
+    def tensor(self, piece: Slice) -> Tensor:
+        """The whole tensor of a reserved and fully written slice, as the engine multiplies with it.
+
+        Raises:
+            InvariantError: it is not reserved, or not all written.
+        """
+        with self._lock:
+            held = self._pieces.get(piece.parameter, {}).get(piece)
+            if held is None or subtract([(piece.start, piece.stop)], held.filled):
+                raise InvariantError(f"{piece} is not fully held")
+            return held.tensor
+
+    def _empty(self, piece: Slice) -> Tensor:
+        return torch.empty(self.range_shape(piece), dtype=self._dtype, device=self._device)
+
+    def _fill_locally(self, piece: _Piece) -> None:
+        for other in self._pieces[piece.slice.parameter].values():
+            if other is piece or other.slice.dim != piece.slice.dim:
+                continue
+            common = intersect([(piece.slice.start, piece.slice.stop)], other.filled)
+            for start, stop in subtract(common, piece.filled):
+                piece.view(start, stop).copy_(other.view(start, stop))
+                self._mark(piece, (start, stop))
+
+    def _mark(self, piece: _Piece, written: Range) -> None:
+        with self._lock:
+            piece.filled = _joined([*piece.filled, written])
+
+    def _written(self, wanted: Slice) -> list[Range]:
+        """What is written of a slice; of one that is not reserved, what the others have of it."""
+        piece = self._pieces.get(wanted.parameter, {}).get(wanted)
+        if piece is None:
+            return self._filled(wanted.parameter, wanted.dim)
+        self._fill_locally(piece)
+        return piece.filled
+
+    def _filled(self, parameter: str, dim: int) -> list[Range]:
+        return [
+            written
+            for piece in self._pieces.get(parameter, {}).values()
+            if piece.slice.dim == dim
+            for written in piece.filled
+        ]
+
+    def _sources(self, parameter: str, dim: int, start: int, stop: int) -> list[Tensor]:
+        """Views that make up [start, stop) in order, as few as possible."""
+        found: list[Tensor] = []
+        position = start
+        with self._lock:
+            while position < stop:
+                reach, best = position, None
+                for piece in self._pieces.get(parameter, {}).values():
+                    for low, high in piece.filled:
+                        if piece.slice.dim == dim and low <= position < high and min(high, stop) > reach:
+                            reach, best = min(high, stop), piece
+                if best is None:
+                    raise KeyError(f"{parameter} [{position}, {stop}) along {dim} is not held")
+                found.append(best.view(position, reach))
+                position = reach
+        return found
+
+
+def _joined(ranges: Iterable[Range]) -> list[Range]:
+    """Sorted, with touching and overlapping ranges made one."""
+    joined: list[Range] = []
+    for start, stop in sorted(ranges):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
+        else:
+            joined.append((start, stop))
+    return joined

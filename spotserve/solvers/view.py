@@ -1,0 +1,115 @@
+"""The world as the solvers see it: who stays, who is doomed, who is gone, and which replicas that touches.
+
+The trigger counts beside the recorded states: a dry run for `--lose i3` plans on the cluster as it is, with i3 taken
+as doomed (notice) or gone (lost).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spotserve.core.ids import GpuId, InstanceId, ReplicaId, instance_of
+from spotserve.core.plan import PlanningProblem
+from spotserve.core.snapshot import InstanceView, Replica, RequestProgress
+
+OPEN_STATES = frozenset({"prefilling", "decoding", "suspended"})
+"""Request states that hold KV on a replica."""
+
+ENDED_STATES = frozenset({"finished", "cancelled", "failed"})
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Classified GPUs and replicas; every tuple is in the natural order of ids."""
+
+    memory: dict[GpuId, int]
+    staying: tuple[GpuId, ...]
+    doomed: dict[GpuId, float | None]
+    intact: tuple[Replica, ...]
+    draining: tuple[Replica, ...]
+    lost: tuple[Replica, ...]
+
+    def alive(self, gpu: GpuId) -> bool:
+        """Whether a worker is still there, doomed or not."""
+        return gpu in self.memory
+
+    @property
+    def remaining_s(self) -> float | None:
+        """The shortest grace period left."""
+        return min((left for left in self.doomed.values() if left is not None), default=None)
+
+
+def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
+    """Sort key that puts i2 before i10."""
+    parts: list[tuple[int, int | str]] = []
+    digits = ""
+    for character in name + "\0":
+        if character.isdecimal() and character.isascii():
+            digits += character
+            continue
+        if digits:
+            parts.append((0, int(digits)))
+            digits = ""
+        parts.append((1, character))
+    return tuple(parts)
+
+
+def instance_state(instance: InstanceView, problem: PlanningProblem) -> str:
+    """The recorded state of an instance, overruled by the trigger where that is later in its life."""
+    trigger = problem.trigger
+    if instance.id in trigger.instances and instance.state not in ("gone", "requested", "joining"):
+        if trigger.kind == "lost":
+            return "gone"
+        if trigger.kind == "notice":
+            return "doomed"
+    return instance.state
+
+
+def grace_left_s(instance: InstanceView, problem: PlanningProblem) -> float | None:
+    """The grace period left of a doomed instance; None when nobody said."""
+    known = [instance.remaining_s]
+    if instance.id in problem.trigger.instances:
+        known.append(problem.trigger.remaining_s)
+    return min((left for left in known if left is not None), default=None)
+
+
+def look(problem: PlanningProblem) -> View:
+    """Classify the snapshot's GPUs and replicas under the trigger."""
+    memory: dict[GpuId, int] = {}
+    staying: list[GpuId] = []
+    doomed: dict[GpuId, float | None] = {}
+    for instance in sorted(problem.snapshot.world.instances, key=lambda view: natural_key(view.id)):
+        state = instance_state(instance, problem)
+        if state not in ("ready", "doomed"):
+            continue
+        for gpu in sorted(instance.gpus, key=lambda gpu: natural_key(gpu.id)):
+            memory[gpu.id] = gpu.memory_bytes
+            if state == "doomed":
+                doomed[gpu.id] = grace_left_s(instance, problem)
+            else:
+                staying.append(gpu.id)
+    replicas = sorted(problem.snapshot.world.replicas, key=lambda replica: natural_key(replica.id))
+    lost = tuple(r for r in replicas if any(gpu not in memory for gpu in r.gpus))
+    draining = tuple(r for r in replicas if r not in lost and any(gpu in doomed for gpu in r.gpus))
+    intact = tuple(r for r in replicas if r not in lost and r not in draining)
+    return View(memory, tuple(staying), doomed, intact, draining, lost)
+
+
+def requests_of(problem: PlanningProblem, replica: ReplicaId) -> tuple[RequestProgress, ...]:
+    """The live requests of a replica in a fixed order."""
+    return tuple(
+        sorted(
+            (r for r in problem.snapshot.requests if r.replica == replica and r.state not in ENDED_STATES),
+            key=lambda progress: progress.request,
+        )
+    )
+
+
+def kv_tokens(progress: RequestProgress) -> int:
+    """Tokens of a request whose KV is in place."""
+    return sum(choice.kv_tokens for choice in progress.choices)
+
+
+def instances_of(gpus: tuple[GpuId, ...]) -> tuple[InstanceId, ...]:
+    """The instances of some GPUs, each once, in order."""
+    return tuple(dict.fromkeys(instance_of(gpu) for gpu in gpus))

@@ -1,0 +1,63 @@
+"""What every test shares: one torch thread, one printed seed, and where the shared data lies."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+# Before anything imports torch or numpy: sums are bit-equal only with one thread, here and in every child.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MKL_NUM_THREADS"] = "1"
+
+import hypothesis
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+hypothesis.settings.register_profile("house", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("house")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=0, help="seed that every random test draws from (default 0)")
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    data = find_shared_data()
+    return [f"seed: {config.getoption('--seed')}", f"shared data: {data if data is not None else 'none'}"]
+
+
+@pytest.fixture(scope="session")
+def seed(request: pytest.FixtureRequest) -> int:
+    """The seed of this run; the header prints it."""
+    value = request.config.getoption("--seed")
+    assert isinstance(value, int)
+    return value
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest, seed: int) -> random.Random:
+    """Randomness of one test: the same for the same seed and test, whatever ran before it."""
+    return random.Random(f"{seed}:{request.node.nodeid}")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of published traces and workloads; skips without it, fails under SPOTSERVE_REQUIRE_DATA=1."""
+    data = find_shared_data()
+    if data is not None:
+        return data
+    reason = "no shared data: neither ../shared/data beside the checkout nor SPOTSERVE_SHARED"
+    if os.environ.get("SPOTSERVE_REQUIRE_DATA") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+def find_shared_data() -> Path | None:
+    """The first place that holds the published traces."""
+    candidates = [CHECKOUT.parent / "shared" / "data", CHECKOUT / "shared" / "data"]
+    named = os.environ.get("SPOTSERVE_SHARED")
+    if named:
+        candidates = [Path(named) / "data", Path(named)]
+    return next((place for place in candidates if (place / "spotserve-paper").is_dir()), None)

@@ -1,0 +1,89 @@
+"""The weight store shares slices between generations and copies what overlaps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from spotserve.core.slices import Slice, shard_slices, slices_bytes, stage_shard
+from spotserve.core.spec import ModelSpec
+from spotserve.errors import InvariantError
+from spotserve.runtime.checkpoint import Checkpoint
+from spotserve.runtime.model_table import describe_model
+from spotserve.runtime.weights import WeightStore
+from tests.runtime.models import write_llama
+
+DOWN = "model.layers.0.mlp.down_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model."""
+    return write_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> ModelSpec:
+    """Its description."""
+    return describe_model(folder)
+
+
+def piece(start: int, stop: int, *, parameter: str = DOWN, dim: int = 1) -> Slice:
+    """A slice of the down projection unless told otherwise."""
+    return Slice(parameter=parameter, dim=dim, start=start, stop=stop)
+
+
+def test_equal_slices_are_held_once(model: ModelSpec) -> None:
+    """Tests that two generations share a slice and the last release frees it."""
+    weights = WeightStore(model)
+    slices = shard_slices(model, stage_shard(model, layers=(0, 2), tensor=2, rank=0))
+    weights.reserve(slices)
+    weights.reserve(slices)
+    assert weights.held_bytes == slices_bytes(model, slices)
+    weights.release(slices)
+    assert weights.held_bytes == slices_bytes(model, slices)
+    weights.release(slices)
+    assert weights.held_bytes == 0
+    with pytest.raises(InvariantError):
+        weights.release(slices[:1])
+
+
+def test_a_new_cut_copies_what_is_held(model: ModelSpec, folder: Path) -> None:
+    """Tests that only the ranges held nowhere are missing, and that the copied part is right bit for bit."""
+    weights, checkpoint = WeightStore(model), Checkpoint(folder, model)
+    weights.reserve([piece(0, 64)])
+    weights.write_range(DOWN, 1, 0, 64, checkpoint.read(piece(0, 64)))
+    weights.reserve([piece(32, 112)])
+    assert weights.missing([piece(32, 112)]) == (piece(64, 112),)
+    with pytest.raises(InvariantError):
+        weights.tensor(piece(32, 112))
+    weights.write_range(DOWN, 1, 64, 112, checkpoint.read(piece(64, 112)))
+    weights.release([piece(0, 64)])
+    assert torch.equal(checkpoint.read(piece(32, 112)), weights.tensor(piece(32, 112)))
+    assert weights.holdings() == (piece(32, 112),)
+
+
+def test_a_slice_reserved_during_a_copy_still_completes(model: ModelSpec, folder: Path) -> None:
+    """Tests that bytes that arrived through another slice after `reserve` count for this one."""
+    weights, checkpoint = WeightStore(model), Checkpoint(folder, model)
+    weights.reserve([piece(0, 64), piece(32, 64)])
+    weights.write_range(DOWN, 1, 0, 48, checkpoint.read(piece(0, 48)))
+    assert weights.missing([piece(32, 64)]) == (piece(48, 64),)
+    weights.write_range(DOWN, 1, 48, 64, checkpoint.read(piece(48, 64)))
+    assert weights.missing([piece(0, 64), piece(32, 64)]) == ()
+    assert torch.equal(checkpoint.read(piece(32, 64)), weights.tensor(piece(32, 64)))
+
+
+def test_a_range_is_read_across_slices(model: ModelSpec, folder: Path) -> None:
+    """Tests that `read_range` composes a contiguous range from several held slices, and says what is not held."""
+    weights, checkpoint = WeightStore(model), Checkpoint(folder, model)
+    for part in (piece(0, 48), piece(48, 96), piece(32, 64)):
+        weights.reserve([part])
+        weights.write_range(DOWN, 1, part.start, part.stop, checkpoint.read(part))
+    got = weights.read_range(DOWN, 1, 16, 80)
+    assert got.is_contiguous()
+    assert torch.equal(checkpoint.read(piece(16, 80)), got)
+    with pytest.raises(KeyError, match="96"):
+        weights.read_range(DOWN, 1, 80, 100)

@@ -1,0 +1,109 @@
+"""Random faults by the hundreds: one seed draws the whole scenario and is in the test's name."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from spotserve.core import events as ev
+from spotserve.core.controller import Controller, apply
+from spotserve.core.canonical import digest
+from spotserve.core.decide import decide
+from spotserve.core.ids import InstanceId, RequestId
+from spotserve.core.state import ClusterState
+from spotserve.sim.world import check_streams
+from tests.sim.test_virtual_world import Stage
+
+NUM_SEEDS = 200
+
+
+def draw_scenario(stage: Stage, seed: int) -> None:
+    """Requests, notices (long, short, none at all), kills, withdrawals, cancellations, capacity that comes back."""
+    dice = random.Random(seed)
+    stage.requests(dice.randint(1, 12), every_s=dice.uniform(0.01, 0.3), max_tokens=dice.randint(5, 150))
+    names = [f"i{index}" for index in range(8)]
+    for _ in range(dice.randint(1, 6)):
+        at_s = dice.uniform(2.0, 9.0)
+        kind = dice.choice(["notice", "notice", "kill", "add", "withdraw", "cancel", "load", "silent"])
+        name = dice.choice(names)
+        if kind == "notice":
+            stage.notice(at_s, name, grace_s=dice.choice([0.0, 0.05, 0.3, 1.0, 5.0, 30.0]))
+        elif kind == "kill":
+            stage.kill(at_s, name)
+        elif kind == "add":
+            stage.add(at_s)
+        elif kind == "withdraw":
+            stage.world.at(at_s, lambda now_s, n=name: ev.NoticeWithdrawn(at_s=now_s, instance=InstanceId(n)))
+        elif kind == "cancel":
+            stage.world.at(
+                at_s, lambda now_s: ev.CancelRequested(at_s=now_s, request=RequestId(f"q{dice.randint(0, 11)}"))
+            )
+        elif kind == "load":
+            stage.world.at(at_s, lambda now_s: ev.LoadSampled(at_s=now_s, load_rps=dice.uniform(0, 20)))
+        else:
+            silent_death(stage, at_s, InstanceId(name), told_s=dice.uniform(0.01, 2.0))
+
+
+def silent_death(stage: Stage, at_s: float, instance: InstanceId, told_s: float) -> None:
+    """An instance dies unannounced; the failure detector tells later."""
+
+    def die() -> ev.Event | None:
+        if instance not in stage.world.alive:
+            return None
+        stage.world.crash(instance)
+        stage.world.after(told_s, lambda: ev.InstanceLost(at_s=stage.world.at_s, instance=instance, reason="silent"))
+        return None
+
+    stage.world.after(at_s, die)
+
+
+@pytest.mark.parametrize("seed", range(NUM_SEEDS))
+def test_nothing_is_lost(seed: int) -> None:
+    """Tests that whatever is taken, every accepted request ends with exactly its tokens and the service recovers."""
+    stage = Stage(seed=seed, num_instances=random.Random(seed).choice([2, 3, 4, 5]), duplicate_share=0.1)
+    draw_scenario(stage, seed)
+    for at_s in (40.0, 40.2, 40.4):
+        stage.add(at_s)
+    stage.play(200.0)
+    check_streams(stage.world)
+    assert stage.service == "serving"
+    assert stage.controller.state.requests == {}
+    check_replay(stage)
+
+
+def check_replay(stage: Stage) -> None:
+    """A fold of the journal gives the same state, a replay the same decisions."""
+    state = ClusterState()
+    for entry in stage.journal.entries:
+        assert entry.commands == decide(state, entry.event)
+        state = apply(state, entry.event, entry.commands)
+    assert digest(stage.controller.state) == digest(state)
+
+
+def test_restart_at_every_entry() -> None:
+    """Tests that a coordinator that dies after any entry goes on from the fold and loses nothing."""
+    reference = Stage(seed=7)
+    reference.requests(6, max_tokens=80)
+    reference.notice(4.0, "i0", grace_s=5.0)
+    reference.play(100.0)
+    total = len(reference.journal.entries)
+    for cut in range(2, total, 3):
+        check_restart(cut)
+
+
+def check_restart(cut: int) -> None:
+    """Play to entry `cut`, drop the coordinator with all unanswered commands, restart from the fold."""
+    stage = Stage(seed=7)
+    stage.requests(6, max_tokens=80)
+    stage.notice(4.0, "i0", grace_s=5.0)
+    stage.world.stop_after_entries(cut)
+    stage.play(100.0)
+    controller = Controller()
+    for entry in stage.journal.entries:
+        controller.fold(entry)
+    stage.controller = controller
+    stage.world.restart(controller.state, num_instances=4)
+    stage.play(200.0)
+    check_streams(stage.world)
+    assert stage.service == "serving", cut
