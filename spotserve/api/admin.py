@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import math
-from typing import Any
 
 from pydantic import ValidationError
 from starlette.requests import Request
@@ -20,7 +19,7 @@ from spotserve.api.validation import Fields, read_json_object
 from spotserve.core.ids import InstanceId
 from spotserve.core.plan import Plan
 from spotserve.core.ports import Administration
-from spotserve.errors import PlanRefusedError, SpecError
+from spotserve.errors import PlanRefusedError, RequestError, SpecError
 
 DEFAULT_GRACE_S = 30.0
 MAX_GRACE_S = 86400.0
@@ -125,9 +124,10 @@ def _read_grace(fields: Fields) -> float:
 
 
 def _read_plan(data: bytes) -> Plan:
-    document: dict[str, Any] = read_json_object(data)
     try:
-        return Plan.model_validate(document)
+        return Plan.model_validate(read_json_object(data))
+    except RequestError as error:
+        raise PlanRefusedError(f"plan cannot be read: {error.message}") from error
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         path = ".".join(str(part) for part in first["loc"])

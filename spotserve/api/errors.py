@@ -65,7 +65,9 @@ _ANSWERS: tuple[tuple[type[SpotServeError], _Answer], ...] = (
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
-def error_body(status: int, message: str, *, parameter: str | None = None, reason: str | None = None) -> dict[str, object]:
+def error_body(
+    status: int, message: str, *, parameter: str | None = None, reason: str | None = None
+) -> dict[str, object]:
     """OpenAI's error object for a status."""
     kind = _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": parameter, "code": reason}}

@@ -25,9 +25,7 @@ _POSITION = re.compile(r"-1|0|[1-9][0-9]{0,9}")
 class RequestEndpoints:
     """The reading route for accepted requests. Reading never changes a request."""
 
-    def __init__(
-        self, frontdoor: Frontdoor, codec: TextCodec | None, model: ModelInfo, *, keep_alive_s: float
-    ) -> None:
+    def __init__(self, frontdoor: Frontdoor, codec: TextCodec | None, model: ModelInfo, *, keep_alive_s: float) -> None:
         self._frontdoor = frontdoor
         self._codec = codec
         self._model = model
@@ -59,9 +57,7 @@ class RequestEndpoints:
                 "token_ids": list(choice.token_ids),
                 "text": ""
                 if self._codec is None
-                else visible_text(
-                    self._codec, choice.token_ids, view.stop, closed=choice.finish_reason is not None
-                ),
+                else visible_text(self._codec, choice.token_ids, view.stop, closed=choice.finish_reason is not None),
                 "finish_reason": choice.finish_reason,
             }
             for choice in view.choices

@@ -169,11 +169,10 @@ class EventStreamResponse(Response):
                     data = _KEEP_ALIVE
                 if data:
                     await send(_body(data))
-            if gone.done():
-                if self._on_disconnect is not None:
-                    await self._on_disconnect()
-            elif self._source.complete:
+            if self._source.complete:
                 await send(_body(self._source.closing() + DONE, more=False))
+            elif gone.done() and self._on_disconnect is not None:
+                await self._on_disconnect()
 
 
 def _body(data: bytes, *, more: bool = True) -> Message:

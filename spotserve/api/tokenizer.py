@@ -51,13 +51,17 @@ class GenerationDefaults(Frozen):
             return cls(eos_token_ids=_as_ids(eos), **fields)
         except ValidationError as error:
             first = error.errors()[0]
-            raise ModelError(f"{folder}/generation_config.json: {first['loc'][0]} {first['input']!r}: {first['msg']}") from error
+            raise ModelError(
+                f"{folder}/generation_config.json: {first['loc'][0]} {first['input']!r}: {first['msg']}"
+            ) from error
 
 
 class TextCodec:
     """The tokenizer of a folder: encodes prompts, decodes tokens, renders chats."""
 
-    def __init__(self, tokenizer: Tokenizer, *, eos_token_ids: Sequence[int] = (), template: ChatTemplate | None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, eos_token_ids: Sequence[int] = (), template: ChatTemplate | None
+    ) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer

@@ -400,9 +400,7 @@ def _read_message(message: Any, where: str) -> dict[str, Any]:
         raise _wrong_type(where, message, "an object")
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
-        raise RequestError(
-            f"{where}.role {_shown(role)} is not one of {', '.join(_ROLES)}", parameter=f"{where}.role"
-        )
+        raise RequestError(f"{where}.role {_shown(role)} is not one of {', '.join(_ROLES)}", parameter=f"{where}.role")
     for name in ("tool_calls", "function_call"):
         if message.get(name):
             raise RequestError(f"{where}.{name} is not supported yet", parameter=f"{where}.{name}")
@@ -427,9 +425,7 @@ def _read_content(content: Any, where: str) -> str:
     return "\n".join(texts)
 
 
-def resolve_max_tokens(
-    wishes: Wishes, num_prompt_tokens: int, model: ModelInfo, *, default: int | None
-) -> int:
+def resolve_max_tokens(wishes: Wishes, num_prompt_tokens: int, model: ModelInfo, *, default: int | None) -> int:
     """How many tokens may be generated; the default (None: no other) shrinks to what the model has room for.
 
     Raises:

@@ -52,7 +52,6 @@ def build() -> typer.Typer:
     app = typer.Typer(
         name="spotserve",
         help="Serve large language models on preemptible GPUs so that nobody notices the preemptions.",
-        no_args_is_help=True,
         add_completion=False,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,

@@ -19,7 +19,7 @@ def admit(before: ClusterState, state: ClusterState, event: ev.Event) -> Iterato
     """Hand waiting requests to replicas with room: interrupted ones first, then by arrival."""
     if isinstance(event, ev.CoordinatorRestarted):
         for replica in state.serving():
-            yield from readmit(state, replica)
+            yield from _readmit(state, replica)
     waiting = [r for r in state.requests.values() if r.replica is None and r.state in ("queued", "suspended")]
     waiting.sort(key=lambda r: (r.state != "suspended", r.arrival_index))
     if not waiting:
@@ -39,7 +39,7 @@ def admit(before: ClusterState, state: ClusterState, event: ev.Event) -> Iterato
         yield cmd.AdmitRequests(replica=name, generation=generation, admissions=tuple(admissions))
 
 
-def readmit(state: ClusterState, replica: Replica) -> Iterator[cmd.Command]:
+def _readmit(state: ClusterState, replica: Replica) -> Iterator[cmd.Command]:
     """After a restart: name every request again; the leader ignores those it runs."""
     admissions = tuple(
         cmd.Admission(request=r.id, kv_generation=r.kv_generation)

@@ -17,6 +17,9 @@ from spotserve.core.planning import answer_triggers, make_plan
 from spotserve.core.record import record
 from spotserve.core.state import ClusterState, Request
 
+RESTART_PATIENCE_S = 60.0
+"""How long a first placement, interrupted by a restart, waits for instances that have not joined."""
+
 Policy = Callable[[ClusterState, ev.Event], Iterator[cmd.Command]]
 
 
@@ -51,6 +54,7 @@ def _instances(before: ClusterState, state: ClusterState, event: ev.Event) -> It
         if _living(state, condemned) and instance.deadline_at_s is not None and instance.deadline_at_s <= state.at_s:
             yield cmd.KillInstance(instance=condemned, reason="deadline")
     if isinstance(event, ev.CoordinatorRestarted):
+        yield cmd.SetTimer(timer="patience", at_s=state.at_s + RESTART_PATIENCE_S)
         for instance in state.living():
             if instance.deadline_at_s is not None:
                 yield cmd.SetTimer(timer=f"deadline:{instance.id}", at_s=instance.deadline_at_s)

@@ -96,6 +96,7 @@ SERVICE = Lifecycle(
     states=("provisioning", "serving", "draining", "migrating", "resuming", "degraded", "stopping", "stopped"),
     initial="provisioning",
     edges=(
+        Edge("provisioning", ("degraded",), "provisioning"),
         Edge("serving", ("provisioning", "draining", "migrating", "resuming", "degraded"), "serving"),
         Edge("draining", ("serving", "resuming", "migrating", "degraded"), "draining"),
         Edge("migrating", ("serving", "draining", "resuming", "degraded"), "migrating"),

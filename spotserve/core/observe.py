@@ -64,9 +64,12 @@ def _restarted(state: ClusterState, event: ev.CoordinatorRestarted) -> ClusterSt
     missing = max(0, event.num_instances - len(state.living()))
     for _ in range(missing):
         state = _add_instance(state, "spot")
-    if not state.serving() and state.trigger is None:
-        state = raise_trigger(state, "joined" if state.epoch else "start")
-    return state
+    if state.serving():
+        return state
+    if state.epoch:
+        return raise_trigger(state, "joined")
+    pending = any(i.state in ("requested", "joining") for i in state.instances.values())
+    return state if pending else raise_trigger(state, "start")
 
 
 def _add_instance(state: ClusterState, market: Any) -> ClusterState:

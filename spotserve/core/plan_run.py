@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from spotserve.core import commands as cmd
 from spotserve.core import events as ev
-from spotserve.core.admission import by_arrival, readmit
+from spotserve.core.admission import by_arrival
 from spotserve.core.ids import ReplicaId, RequestId
 from spotserve.core.plan import CopyKvDelta, Plan, Quiesce, Step
 from spotserve.core.record import record
@@ -67,8 +67,10 @@ def _restart_run(state: ClusterState, run: PlanRun) -> Iterator[cmd.Command]:
         if run.steps[step.id] == "running":
             yield _execution(state, run, step)
     for replica in run.plan.target.replicas:
-        if replica.generation != run.epoch:
-            yield from readmit(state, replica)
+        admissions = () if replica.generation == run.epoch else _admissions_of(state, run, replica.id)
+        if admissions:
+            yield cmd.AdmitRequests(replica=replica.id, generation=replica.generation, admissions=admissions)
+    yield from _advance(state, run)
 
 
 def _abort_reason(state: ClusterState, run: PlanRun, event: ev.Event) -> str | None:

@@ -21,7 +21,7 @@ from spotserve.core.sampling import SamplingParameters
 from spotserve.core.slices import Shard, stage_shard
 from spotserve.core.snapshot import Holding, Replica
 from spotserve.core.spec import ServingSpec
-from spotserve.core.state import step_gpus
+from spotserve.core.state import ClusterState, step_gpus
 from spotserve.core.wire import ChoicePosition
 from spotserve.errors import InfeasibleError, InvariantError, SpotServeError
 
@@ -103,7 +103,8 @@ class VirtualWorld:
         self.plans: dict[int, Plan] = {}
         self.fenced: set[Owner] = set()
         self.submitted: set[str] = set()
-        self._heap: list[tuple[float, int, Callable[[], ev.Event | None]]] = []
+        self._heap: list[tuple[float, int, Callable[[], ev.Event | None], bool]] = []
+        self._events_left: int | None = None
         self._count = 0
         self._timers: dict[str, int] = {}
 
@@ -111,14 +112,18 @@ class VirtualWorld:
 
     async def next_events(self) -> Sequence[ev.Event]:
         """The next thing that happens; empty when nothing is left or time is up."""
+        if self._events_left == 0:
+            return []
         while self._heap and self._heap[0][0] <= self.until_s:
-            at_s, _, happen = heapq.heappop(self._heap)
+            at_s, _, happen, _ = heapq.heappop(self._heap)
             self.at_s = max(self.at_s, at_s)
             event = happen()
             if event is None:
                 continue
             if self.random.random() < self.duplicate_share and event.kind not in _NOT_REPEATED:
                 self._repeat(event)
+            if self._events_left is not None:
+                self._events_left -= 1
             return [event]
         return []
 
@@ -128,7 +133,7 @@ class VirtualWorld:
 
     def submit(self, command_id: str, command: cmd.Command) -> None:
         """Begin to carry out a command; a repeated id is ignored."""
-        if command_id in self.submitted:
+        if command_id in self.submitted or self._events_left == 0:
             return
         self.submitted.add(command_id)
         handler = getattr(self, f"_{command.kind}", None)
@@ -137,34 +142,72 @@ class VirtualWorld:
 
     # For tests and scenarios
 
-    def stop_after_entries(self, count: int) -> None:
-        """End the world's first life after `count` events: the coordinator dies with what it was told last."""
-        self._events_left = count
+    def crash_coordinator_after(self, num_events: int) -> None:
+        """The coordinator dies once this many events are journaled; the last one's commands are never given."""
+        self._events_left = num_events
 
-    def restart(self, state: ClusterState, *, num_instances: int) -> None:
-        """A new coordinator: executors' answers and timers of the old one are gone, workers live on."""
+    def restart_coordinator(self, state: ClusterState, *, num_instances: int) -> None:
+        """A new coordinator on the folded state: its predecessor's timers and answers are gone, workers live on."""
         self._events_left = None
-        self._heap = [item for item in self._heap if item[0] > self.at_s and item[2] in self._external]
+        self._heap = [item for item in self._heap if item[3]]
         heapq.heapify(self._heap)
         self._timers.clear()
         self.submitted.clear()
-        workers = tuple(sorted(self.holdings))
+        workers = tuple(sorted(gpu for gpu in self.holdings if instance_of(gpu) in self.alive))
         term = state.term + 1
         self.after(
             0.0,
             lambda: ev.CoordinatorRestarted(at_s=self.at_s, term=term, workers=workers, num_instances=num_instances),
         )
-        for owner, virtual in self.replicas.items():
-            self._reattach(state, owner, virtual)
+        for gpu in workers:
+            self.after(0.001, lambda gpu=gpu: self._registration(gpu, "again"))  # type: ignore[misc]
+        for instance in state.living():
+            if instance.state != "requested" and instance.id not in self.alive:
+                self.after(0.002, lambda name=instance.id: self._loss(name, "absent"))  # type: ignore[misc]
+        self._adopt_replicas(state)
+        self._adopt_requests(state)
+
+    def _adopt_replicas(self, state: ClusterState) -> None:
+        """Broken ones are told; one that quiesced for a run the fold knows nothing of goes on."""
+        for entry in state.replicas.values():
+            owner = (entry.replica.id, entry.replica.generation)
+            virtual = self.replicas.get(owner)
+            if entry.state in ("serving", "quiesced") and (virtual is None or virtual.state == "dead"):
+                self.after(0.003, lambda owner=owner: self._breakage(owner))  # type: ignore[misc]
+            elif entry.state == "serving" and virtual is not None and virtual.state == "quiesced":
+                self._abort_run("", cmd.AbortRun(epoch=-1, reason="restart", resume=(owner,)))
+
+    def _adopt_requests(self, state: ClusterState) -> None:
+        """Owners come from the fold; ends that were not journaled are told again."""
         for request in self.requests.values():
-            if request.ended is not None and request.request in state.requests:
+            folded = state.requests.get(request.request)
+            if folded is None:
+                continue
+            request.owner = None if folded.replica is None else (folded.replica, folded.generation)
+            if request.ended is not None:
                 outcome, request.ended = request.ended, None
                 self.after(0.01, lambda r=request, o=outcome: self._end(r, o))  # type: ignore[misc]
 
-    def after(self, delay_s: float, happen: Callable[[], ev.Event | None]) -> int:
-        """Let something happen `delay_s` from now."""
+    def _registration(self, worker: GpuId, incarnation: str) -> ev.Event:
+        return ev.WorkerRegistered(
+            at_s=self.at_s,
+            instance=instance_of(worker),
+            worker=worker,
+            num_gpus=self.gpus_per_instance,
+            memory_bytes=self.gpu_memory_bytes,
+            incarnation=incarnation,
+        )
+
+    def _loss(self, instance: InstanceId, reason: str) -> ev.Event:
+        return ev.InstanceLost(at_s=self.at_s, instance=instance, reason=reason)
+
+    def _breakage(self, owner: Owner) -> ev.Event:
+        return ev.ReplicaBroke(at_s=self.at_s, replica=owner[0], generation=owner[1], detail="absent")
+
+    def after(self, delay_s: float, happen: Callable[[], ev.Event | None], *, survives: bool = True) -> int:
+        """Let something happen `delay_s` from now; a coordinator's own affairs do not survive its death."""
         self._count += 1
-        heapq.heappush(self._heap, (self.at_s + delay_s, self._count, happen))
+        heapq.heappush(self._heap, (self.at_s + delay_s, self._count, happen, survives))
         return self._count
 
     def at(self, at_s: float, make: Callable[[float], ev.Event]) -> None:
@@ -205,14 +248,7 @@ class VirtualWorld:
             self.alive.add(command.instance)
             worker = GpuId(f"{command.instance}/{index}")
             self.holdings.setdefault(worker, {})
-            return ev.WorkerRegistered(
-                at_s=self.at_s,
-                instance=command.instance,
-                worker=worker,
-                num_gpus=self.gpus_per_instance,
-                memory_bytes=self.gpu_memory_bytes,
-                incarnation=command_id,
-            )
+            return self._registration(worker, command_id)
 
         for index in range(self.gpus_per_instance):
             self.after(self._spread(self.rates.join_s), lambda index=index: join(index))  # type: ignore[misc]
@@ -221,7 +257,7 @@ class VirtualWorld:
         self.crash(command.instance)
         self.after(
             self._spread(self.rates.step_s),
-            lambda: ev.InstanceLost(at_s=self.at_s, instance=command.instance, reason=command.reason),
+            lambda: self._loss(command.instance, command.reason),
         )
 
     def _set_timer(self, command_id: str, command: cmd.SetTimer) -> None:
@@ -230,7 +266,7 @@ class VirtualWorld:
                 return None
             return ev.TimerFired(at_s=self.at_s, timer=command.timer)
 
-        count = self.after(max(0.0, command.at_s - self.at_s), fire)
+        count = self.after(max(0.0, command.at_s - self.at_s), fire, survives=False)
         self._timers[command.timer] = count
 
     def _take_snapshot(self, command_id: str, command: cmd.TakeSnapshot) -> None:
@@ -243,7 +279,7 @@ class VirtualWorld:
             positions = tuple(p for v in self.replicas.values() if v.state == "serving" for p in self._positions(v))
             return ev.SnapshotTaken(at_s=self.at_s, command=command_id, holdings=holdings, positions=positions)
 
-        self.after(self._spread(self.rates.step_s), answer)
+        self.after(self._spread(self.rates.step_s), answer, survives=False)
 
     def _solve_plan(self, command_id: str, command: cmd.SolvePlan) -> None:
         def answer() -> ev.Event:
@@ -255,7 +291,7 @@ class VirtualWorld:
             except InfeasibleError as error:
                 return ev.PlanFailed(at_s=self.at_s, command=command_id, error=str(error))
 
-        self.after(self._spread(self.rates.solve_s), answer)
+        self.after(self._spread(self.rates.solve_s), answer, survives=False)
 
     def _begin_run(self, command_id: str, command: cmd.BeginRun) -> None:
         self.plans[command.plan.epoch.to] = command.plan
@@ -267,7 +303,7 @@ class VirtualWorld:
         step = command.step
         size = getattr(step, "bytes", 0)
         duration_s = self._spread(self.rates.step_s + size / self.rates.link_bytes_per_s)
-        self.after(duration_s, lambda: self._step_outcome(command))
+        self.after(duration_s, lambda: self._step_outcome(command), survives=self.random.random() < 0.5)
 
     def _step_outcome(self, command: cmd.ExecuteStep) -> ev.Event | None:
         step = command.step
@@ -358,7 +394,7 @@ class VirtualWorld:
             )
             return ev.LedgerDurable(at_s=self.at_s, epoch=command.epoch, closed=closed)
 
-        self.after(self._spread(self.rates.step_s), answer)
+        self.after(self._spread(self.rates.step_s), answer, survives=False)
 
     def _commit_run(self, command_id: str, command: cmd.CommitRun) -> None:
         for change in command.owners:

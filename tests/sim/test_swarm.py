@@ -7,8 +7,8 @@ import random
 import pytest
 
 from spotserve.core import events as ev
-from spotserve.core.controller import Controller, apply
 from spotserve.core.canonical import digest
+from spotserve.core.controller import Controller, apply
 from spotserve.core.decide import decide
 from spotserve.core.ids import InstanceId, RequestId
 from spotserve.core.state import ClusterState
@@ -97,13 +97,13 @@ def check_restart(cut: int) -> None:
     stage = Stage(seed=7)
     stage.requests(6, max_tokens=80)
     stage.notice(4.0, "i0", grace_s=5.0)
-    stage.world.stop_after_entries(cut)
+    stage.world.crash_coordinator_after(cut)
     stage.play(100.0)
     controller = Controller()
     for entry in stage.journal.entries:
         controller.fold(entry)
     stage.controller = controller
-    stage.world.restart(controller.state, num_instances=4)
+    stage.world.restart_coordinator(controller.state, num_instances=4)
     stage.play(200.0)
     check_streams(stage.world)
     assert stage.service == "serving", cut

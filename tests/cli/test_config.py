@@ -1,0 +1,231 @@
+"""Options of a daemon: precedence, every kind of value, and what is refused with which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from spotserve.cli.config import OTHER_VARIABLES, SETTINGS, Origin, parse_gpu_memory, parse_size_bytes, run_options
+from spotserve.core.options import GpuMemory, RunOptions
+from spotserve.errors import SpecError
+
+HOME = {"XDG_STATE_HOME": "/state"}
+
+
+def options(
+    flags: dict[str, object] | None = None,
+    environment: dict[str, str] | None = None,
+    config_file: Path | None = None,
+) -> RunOptions:
+    return run_options(flags or {}, environment={**HOME, **(environment or {})}, config_file=config_file)
+
+
+def refused(
+    flags: dict[str, object] | None = None,
+    environment: dict[str, str] | None = None,
+    config_file: Path | None = None,
+) -> tuple[str, str | None]:
+    with pytest.raises(SpecError) as caught:
+        options(flags, environment, config_file)
+    assert 2 == caught.value.exit_code
+    return caught.value.message, caught.value.hint
+
+
+def toml(folder: Path, text: str) -> Path:
+    path = folder / "spotserve.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_defaults() -> None:
+    """Tests that nothing said gives the documented defaults and a state dir by port."""
+    assert RunOptions(state_dir="/state/spotserve/8000") == options()
+
+
+def test_precedence(tmp_path: Path) -> None:
+    """Tests that a flag beats a variable, a variable the file, and the file the default, each key by itself."""
+    file = toml(tmp_path, "port = 1\ninstances = 1\nmax-num-seqs = 1\n")
+    environment = {"SPOTSERVE_PORT": "2", "SPOTSERVE_INSTANCES": "2"}
+    found = options({"port": "3"}, environment, file)
+    assert (3, 2, 1, 1024) == (found.port, found.instances, found.max_num_seqs, found.max_queue)
+    assert "/state/spotserve/3" == found.state_dir
+
+
+def test_every_setting_reaches_its_field(tmp_path: Path) -> None:
+    """Tests that the file can say everything, and that the variables say the same."""
+    trace = tmp_path / "trace.txt"
+    trace.touch()
+    said = {
+        "model": '"folder"',
+        "instances": "2",
+        "gpus_per_instance": "2",
+        "gpu_memory": '"80%"',
+        "data_parallel_size": "1",
+        "pipeline_parallel_size": "2",
+        "tensor_parallel_size": "3",
+        "dtype": '"bfloat16"',
+        "device": '"cuda"',
+        "policy": '"reroute"',
+        "solver": '"place=makespan"',
+        "trace": f'"{trace}"',
+        "host": '"::1"',
+        "port": "80",
+        "max_model_len": "64",
+        "max_num_seqs": "4",
+        "max_queue": "9",
+        "served_model_name": '"me"',
+        "api_key": '"secret"',
+        "state_dir": '"/somewhere"',
+        "seed": "7",
+        "deterministic": "false",
+        "drain": "1.5",
+        "orphan_timeout": "2.5",
+        "log_format": '"json"',
+    }
+    expected = RunOptions(
+        model="folder",
+        instances=2,
+        gpus_per_instance=2,
+        gpu_memory=GpuMemory(free_share=0.8),
+        data=1,
+        pipeline=2,
+        tensor=3,
+        dtype="bfloat16",
+        device="cuda",
+        policy="reroute",
+        solvers={"place": "makespan"},
+        trace=str(trace),
+        host="::1",
+        port=80,
+        max_model_len=64,
+        max_num_seqs=4,
+        max_queue=9,
+        served_model_name="me",
+        api_key="secret",
+        state_dir="/somewhere",
+        seed=7,
+        deterministic=False,
+        drain_s=1.5,
+        orphan_timeout_s=2.5,
+        log_format="json",
+    )
+    assert {setting.key for setting in SETTINGS} == set(said)
+    assert set(RunOptions.model_fields) == {setting.field for setting in SETTINGS} | {"fresh"}
+    file = toml(tmp_path, "".join(f"{key.replace('_', '-')} = {value}\n" for key, value in said.items()))
+    assert expected == options(config_file=file)
+    assert expected == options(environment={"SPOTSERVE_" + k.upper(): v.strip('"') for k, v in said.items()})
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [("6MiB", 6 * 2**20), ("6 MiB", 6 * 2**20), ("1.5gib", 3 * 2**29), ("2GB", 2 * 10**9), ("80kb", 80_000), ("7", 7)],
+)
+def test_sizes(text: str, size_bytes: int) -> None:
+    """Tests that sizes are read with decimal and binary units, whatever the case."""
+    assert size_bytes == parse_size_bytes(text, Origin("--gpu-memory"))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "MiB", "-1MiB", "6XiB", "0", "1e3", "nan", "0%", "101%", "%", "6 7", "9999999TiB"]
+)
+def test_refuses_sizes(text: str) -> None:
+    """Tests that what is no size is refused by name and value."""
+    with pytest.raises(SpecError) as caught:
+        parse_gpu_memory(text, Origin("--gpu-memory"))
+    assert caught.value.message.startswith(f"--gpu-memory {text} is not ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"instances": "many"}, "--instances many is not a whole number"),
+        ({"instances": "2.0"}, "--instances 2.0 is not a whole number"),
+        ({"instances": "-1"}, "--instances -1 is not between 0 and 1024"),
+        ({"instances": "0"}, "--instances 0 is below 1 and no --trace adds any"),
+        ({"port": "65536"}, "--port 65536 is not between 0 and 65535"),
+        ({"port": "0"}, "--port 0 has no state dir of its own"),
+        ({"tensor_parallel_size": "0"}, "--tensor-parallel-size 0 is not between 1 and 1024"),
+        ({"drain": "nan"}, "--drain nan is not a number of seconds"),
+        ({"drain": "inf"}, "--drain inf is not a number of seconds"),
+        ({"drain": "-1"}, "--drain -1 is not between 0 and 86400 seconds"),
+        ({"orphan_timeout": "0"}, "--orphan-timeout 0 is not between 0.1 and 86400 seconds"),
+        ({"dtype": "int8"}, "--dtype int8 is not one of float32, bfloat16, float16"),
+        ({"solver": ["place"]}, "--solver ['place'] is not kind=name"),
+        ({"solver": ["plaec=x"]}, "--solver plaec is not one of configure, place, migrate, fleet, arrange"),
+        ({"solver": ["place=x", "place=y"]}, "--solver place=y contradicts place=x"),
+        ({"model": ""}, "MODEL  is empty"),
+        ({"trace": "/nowhere/trace"}, "--trace /nowhere/trace is not a file"),
+        ({"host": "0.0.0.0"}, "--host 0.0.0.0 is not loopback and there is no API key"),
+        ({"host": "gpu.example"}, "--host gpu.example is not loopback and there is no API key"),
+    ],
+)
+def test_refuses_values(flags: dict[str, object], message: str) -> None:
+    """Tests that each wrong value is told as what, value and bound."""
+    assert message == refused(flags)[0]
+
+
+def test_host_beyond_loopback_needs_a_key() -> None:
+    """Tests that an API key opens what is refused without one, and that all of 127/8 is loopback."""
+    assert "0.0.0.0" == options({"host": "0.0.0.0"}, {"SPOTSERVE_API_KEY": "k"}).host
+    assert "127.0.0.2" == options({"host": "127.0.0.2"}).host
+
+
+def test_unknown_keys_name_the_nearest(tmp_path: Path) -> None:
+    """Tests that a misspelt key is refused wherever it stands, with the nearest name in that place's spelling."""
+    file = toml(tmp_path, "gpu-memry = 1\n")
+    assert (f"{file}: gpu-memry is not a setting", "did you mean gpu-memory?") == refused(config_file=file)
+    assert ("SPOTSERVE_INSTANCE is not a setting", "did you mean SPOTSERVE_INSTANCES?") == refused(
+        environment={"SPOTSERVE_INSTANCE": "1"}
+    )
+
+
+def test_other_variables_are_no_settings() -> None:
+    """Tests that variables of the client and the tests, empty ones and other people's change nothing."""
+    environment = dict.fromkeys([f"SPOTSERVE_{name}" for name in OTHER_VARIABLES - {"CONFIG"}], "x")
+    assert options() == options(environment={**environment, "SPOTSERVE_PORT": "", "OTHER_PORT": "1"})
+
+
+def test_config_file_by_variable(tmp_path: Path) -> None:
+    """Tests that SPOTSERVE_CONFIG names the file when --config does not."""
+    assert 9 == options(environment={"SPOTSERVE_CONFIG": str(toml(tmp_path, "port = 9\n"))}).port
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("port = ", "is not TOML"),
+        ("port = true\n", "port True is not a whole number"),
+        ("gpu-memory = 1\ngpu_memory = 2\n", "sets gpu_memory twice"),
+        ("dp = 1\ndata-parallel-size = 2\n", "sets data_parallel_size twice"),
+        ("deterministic = 3\n", "deterministic 3 is neither true nor false"),
+        ("host = 3\n", "host 3 is not a text"),
+        ("fresh = true\n", "fresh is not a setting"),
+        ("[solver]\nplace = 3\n", "solver place=3 names no solver"),
+    ],
+)
+def test_refuses_files(tmp_path: Path, text: str, words: str) -> None:
+    """Tests that broken, doubled and wrongly typed keys are refused with the file's name."""
+    file = toml(tmp_path, text)
+    message = refused(config_file=file)[0]
+    assert str(file) in message
+    assert words in message
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    """Tests that a config file that is not there is refused, not ignored."""
+    assert refused(config_file=tmp_path / "none.toml")[0].endswith("cannot be read: No such file or directory")
+
+
+def test_solver_table(tmp_path: Path) -> None:
+    """Tests that the file may list solvers as a table and a flag as several kind=name."""
+    file = toml(tmp_path, '[solver]\nplace = "makespan"\nmigrate = "greedy"\n')
+    expected = {"place": "makespan", "migrate": "greedy"}
+    assert expected == options(config_file=file).solvers
+    assert expected == options({"solver": ["place=makespan", "migrate=greedy"]}).solvers
+
+
+def test_secrets_are_not_told(tmp_path: Path) -> None:
+    """Tests that neither an error message nor the options' repr shows the API key."""
+    assert "sesame" not in repr(options({"api_key": "sesame"}))
+    assert "12345" not in refused(config_file=toml(tmp_path, "api-key = 12345\n"))[0]
