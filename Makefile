@@ -21,7 +21,7 @@ STAMP := .venv/.set-up
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run lint types walk test check quick test-all schemas clean
+.PHONY: help setup run lint types walk test check quick test-all docs clean
 
 help:
 	@echo "make setup     create .venv and install everything ($(STAMP) tells when)"
@@ -67,6 +67,9 @@ quick: $(STAMP)
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory types
 	$(PYTEST) -q -m "not e2e and not slow" $(PYTEST_ARGS)
+
+docs: $(STAMP)
+	$(BIN)/python docs/draw_lifecycles.py
 
 test-all:
 	@echo "make test-all is not there yet: the grid of degrees, disturbances and dtypes comes with the other model families; make test runs every test there is" >&2

@@ -7,7 +7,7 @@ import random
 from spotserve.core.cost import replica_shards
 from spotserve.core.ids import GpuId, InstanceId, ReplicaId, RequestId
 from spotserve.core.plan import Plan, PlanningProblem, Trigger
-from spotserve.core.slices import column_chunks, head_chunks, layer_split
+from spotserve.core.slices import kv_block_bytes, layer_split, shard_bytes
 from spotserve.core.snapshot import (
     ChoiceProgress,
     Gpu,
@@ -20,64 +20,17 @@ from spotserve.core.snapshot import (
     Stage,
     World,
 )
-from spotserve.core.spec import (
-    Axis,
-    LatencyPoint,
-    Limits,
-    ModelSpec,
-    Parameter,
-    Profile,
-    Segment,
-    ServingSpec,
-)
+from spotserve.core.spec import LatencyPoint, Limits, ModelSpec, Profile, ServingSpec
+from tests.specs import small_model
 
 KIB = 1024
 MIB = 1024 * KIB
 
 
 def tiny_model(*, num_layers: int = 8, q_heads: int = 8, kv_heads: int = 4, max_model_len: int = 512) -> ModelSpec:
-    """A llama-shaped parameter table: hidden 64, head 16, MLP 256, vocabulary 512."""
-    hidden, head, mlp, vocabulary = 64, 16, 256, 512
-
-    def column(name: str, axis: str, unit: int, rows: int) -> Parameter:
-        segments = (Segment(offset=0, axis=axis, unit=unit),)
-        return Parameter(name=name, shape=(rows, hidden), kind="col", dim=0, segments=segments, stage="layer")
-
-    def row(name: str, axis: str, unit: int, columns: int) -> Parameter:
-        segments = (Segment(offset=0, axis=axis, unit=unit),)
-        return Parameter(name=name, shape=(hidden, columns), kind="row", dim=1, segments=segments, stage="layer")
-
-    layer = "model.layers.{layer}."
-    return ModelSpec(
-        name="tiny",
-        digest="sha256:" + "0" * 64,
-        architecture="LlamaForCausalLM",
-        dtype="float32",
-        num_layers=num_layers,
-        hidden_size=hidden,
-        num_q_heads=q_heads,
-        num_kv_heads=kv_heads,
-        head_dim=head,
-        vocab_size=vocabulary,
-        max_model_len=max_model_len,
-        axes=(
-            Axis(name="q_heads", size=q_heads, chunks=head_chunks(q_heads)),
-            Axis(name="kv_heads", size=kv_heads, cover_of="q_heads", group=q_heads // kv_heads),
-            Axis(name="mlp", size=mlp, chunks=column_chunks(mlp)),
-        ),
-        parameters=(
-            Parameter(name="model.embed_tokens.weight", shape=(vocabulary, hidden), kind="replicated", stage="first"),
-            Parameter(name=layer + "input_layernorm.weight", shape=(hidden,), kind="replicated", stage="layer"),
-            column(layer + "self_attn.q_proj.weight", "q_heads", head, q_heads * head),
-            column(layer + "self_attn.k_proj.weight", "kv_heads", head, kv_heads * head),
-            column(layer + "self_attn.v_proj.weight", "kv_heads", head, kv_heads * head),
-            row(layer + "self_attn.o_proj.weight", "q_heads", head, q_heads * head),
-            column(layer + "mlp.up_proj.weight", "mlp", 1, mlp),
-            row(layer + "mlp.down_proj.weight", "mlp", 1, mlp),
-            Parameter(name="model.norm.weight", shape=(hidden,), kind="replicated", stage="last"),
-            Parameter(name="lm_head.weight", shape=(vocabulary, hidden), kind="replicated", stage="last"),
-        ),
-    )
+    """A llama-shaped parameter table: hidden 64, MLP 256, vocabulary 512."""
+    model = small_model(num_layers=num_layers, hidden=64, q_heads=q_heads, kv_heads=kv_heads, mlp=256, vocab=512)
+    return model.model_copy(update={"max_model_len": max_model_len})
 
 
 def tiny_spec(
@@ -134,9 +87,7 @@ def replica(
         max_running=4,
         kv_blocks=kv_blocks,
         stages=tuple(
-            Stage(
-                layers=layers, gpus=tuple(GpuId(gpu) for gpu in gpus[stage * tensor : (stage + 1) * tensor])
-            )
+            Stage(layers=layers, gpus=tuple(GpuId(gpu) for gpu in gpus[stage * tensor : (stage + 1) * tensor]))
             for stage, layers in enumerate(layer_split(num_layers, pipeline))
         ),
     )
@@ -147,9 +98,7 @@ def holdings(model: ModelSpec, replicas: list[Replica]) -> tuple[Holding, ...]:
     return tuple(
         Holding(gpu=gpu, shards=(shard,))
         for one in replicas
-        for gpu, shard in zip(
-            one.gpus, replica_shards(model, pipeline=one.pipeline, tensor=one.tensor), strict=True
-        )
+        for gpu, shard in zip(one.gpus, replica_shards(model, pipeline=one.pipeline, tensor=one.tensor), strict=True)
     )
 
 
@@ -238,21 +187,49 @@ def random_problem(seed: int) -> PlanningProblem:
         migration_headroom_bytes=draw.choice([0, 0, 256 * KIB]),
         max_running=draw.choice([1, 4, 8]),
         min_kv_tokens=draw.choice([0, 32]),
-        solvers={"configure": draw.choice(["cpsat", "enumerate"])} if seed % 7 else {},
+        solvers={
+            "configure": draw.choice(["cpsat", "enumerate", "enumerate"]),
+            "migrate": draw.choice(["maxflow", "layered", "first_holder"]),
+            "place": draw.choice(["assignment", "hungarian"]),
+        },
     )
     shape = draw.choice([(1, 1, 1), (1, 2, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (3, 1, 1), (1, 1, 3), (1, 2, 3)])
     kind = draw.choice(["notice", "notice", "lost", "joined", "load", "start"])
     problem = running_problem(
         spec,
         shape=shape,
-        memory_bytes=draw.choice([1, 2, 3, 5, 8, 12]) * MIB,
+        memory_bytes=MIB,
         trigger=Trigger(kind="load"),
         spare=draw.randrange(3),
         requests_each=draw.randrange(5),
         gpus_per_instance=draw.choice([1, 1, 2]),
         kv_blocks=draw.choice([16, 24, 40]),
     )
+    problem = with_memory(problem, max(draw.choice([0, 0, 1, 2, 3, 5, 8]) * MIB, memory_in_use(problem)))
     return _troubled(problem, kind, draw)
+
+
+def memory_in_use(problem: PlanningProblem) -> int:
+    """What the fullest GPU of a running cluster holds: weights and KV pool."""
+    spec = problem.spec
+    return max(
+        shard_bytes(spec.model, shard)
+        + one.kv_blocks * kv_block_bytes(spec.model, shard, block_tokens=spec.limits.kv_block_tokens)
+        for one in problem.snapshot.world.replicas
+        for shard in replica_shards(spec.model, pipeline=one.pipeline, tensor=one.tensor)
+    )
+
+
+def with_memory(problem: PlanningProblem, memory_bytes: int) -> PlanningProblem:
+    """The same cluster on GPUs of another size."""
+    instances = tuple(
+        one.model_copy(
+            update={"gpus": tuple(gpu.model_copy(update={"memory_bytes": memory_bytes}) for gpu in one.gpus)}
+        )
+        for one in problem.snapshot.world.instances
+    )
+    world = problem.snapshot.world.model_copy(update={"instances": instances})
+    return problem.model_copy(update={"snapshot": problem.snapshot.model_copy(update={"world": world})})
 
 
 def _troubled(problem: PlanningProblem, kind: str, draw: random.Random) -> PlanningProblem:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,9 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "app": frozenset({"app", *LEAVES, "core", *EVERYONE}),
     "cli": frozenset({"cli", "app", *LEAVES, "core", *EVERYONE}),
 }
+
+MODULE_OF = {"grpcio": "grpc", "grpcio_tools": "grpc_tools", "protobuf": "google"}
+"""Where a distribution is not called like the module it brings."""
 
 CONTROL_PLANE = ("app", "api", "cli", "store", "cloud", "sim", "solvers", "core")
 ENGINE_LIBRARIES = frozenset({"torch", "transformers", "accelerate", "safetensors"})
@@ -135,6 +140,34 @@ def test_libraries_stay_where_they_belong() -> None:
         if (top := found.target.split(".")[0]) in ONLY_IN and area_of(found.importer) not in ONLY_IN[top]
     ]
     assert [] == told(wrong)
+
+
+def declared_libraries(*, dev: bool) -> set[str]:
+    """The top-level modules of the dependencies in pyproject.toml."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = project["dependencies"] + (project["optional-dependencies"]["dev"] if dev else [])
+    names = {re.split(r"[^\w-]", line)[0].lower().replace("-", "_") for line in lines}
+    return {MODULE_OF.get(name, name) for name in names}
+
+
+def test_every_library_is_declared() -> None:
+    """Tests that whatever the package imports is a dependency in pyproject.toml, and none comes by accident."""
+    known = declared_libraries(dev=False) | set(sys.stdlib_module_names) | {"spotserve"}
+    assert [] == told([found for found in IMPORTS if found.target.split(".")[0] not in known])
+
+
+def test_every_library_of_the_tests_is_declared() -> None:
+    """Tests that the tests import nothing that a fresh `make setup` does not install."""
+    known = declared_libraries(dev=True) | set(sys.stdlib_module_names) | {"spotserve", "tests", "_pytest"}
+    wrong = [
+        f"{path.name}:{node.lineno} imports {name}"
+        for path in sorted((PACKAGE.parent / "tests").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path)))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or "."])
+        if not (isinstance(node, ast.ImportFrom) and node.level) and name.split(".")[0] not in known
+    ]
+    assert [] == wrong
 
 
 def test_core_imports_only_values() -> None:

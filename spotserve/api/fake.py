@@ -151,16 +151,23 @@ class FakeFrontdoor:
                 self._grow(request, index, choice)
             request.changed.set()
             await asyncio.sleep(0)
-            if self._held_at is not None:
+            if self._is_held(request):
                 await self._released.wait()
         if request.state == "decoding":
             request.state = "finished"
+
+    def _is_held(self, request: _Request) -> bool:
+        held_at = self._held_at
+        growing = [choice for choice in request.choices if choice.finish_reason is None]
+        return held_at is not None and all(len(choice.token_ids) >= held_at for choice in growing)
 
     def _grow(self, request: _Request, index: int, choice: _Choice) -> None:
         if choice.finish_reason is not None:
             return
         sampling, position = request.new.sampling, len(choice.token_ids)
-        end = min(position + self._chunk, sampling.max_tokens, self._held_at if self._held_at is not None else 2**31)
+        end = min(position + self._chunk, sampling.max_tokens)
+        if self._held_at is not None:
+            end = min(end, self._held_at)
         fresh: list[int] = []
         for at in range(position, end):
             fresh.append(self._rule(request.new.prompt_ids, index, at))

@@ -264,11 +264,8 @@ class Answer:
         text, delta = self.take(indexed), indexed.delta
         if not text and delta.finish_reason is None and not self._wishes.return_token_ids:
             return b""
-        content: dict[str, Any]
-        if self._kind == "completion":
-            content = {"text": text}
-        else:
-            content = {"delta": {"content": text} if text else {}}
+        chat_delta = {"content": text} if text else {}
+        content: dict[str, Any] = {"text": text} if self._kind == "completion" else {"delta": chat_delta}
         return self._chunk([self._choice(indexed.index, content, delta.token_ids, delta.finish_reason)])
 
     def closing(self) -> bytes:

@@ -91,7 +91,7 @@ def build_app(
     guard = _Guard(api_key)
 
     def route(method: str, path: str, handler: _Handler, access: _Access = "key") -> Route:
-        return Route(path, guard.protect(handler, access), methods=[method])
+        return Route(path, guard.protect(path, handler, access), methods=[method])
 
     routes = [
         route("GET", "/health", public.health, "public"),
@@ -184,11 +184,12 @@ class _Guard:
     def __init__(self, api_key: str | None) -> None:
         self._key_digest = None if api_key is None else hashlib.sha256(api_key.encode()).digest()
 
-    def protect(self, handler: _Handler, access: _Access) -> _Handler:
-        """The handler as the route calls it."""
+    def protect(self, path: str, handler: _Handler, access: _Access) -> _Handler:
+        """The handler as the route at `path` calls it."""
         answer_error = admin_error if access == "admin" else openai_error
 
         async def protected(request: Request) -> Response:
+            request.state.route = path
             try:
                 if access == "admin":
                     require_local(request)
@@ -258,7 +259,7 @@ class Gate:
                 )
                 await JSONResponse(body, 500)(scope, receive, send_with_id)
         finally:
-            route = getattr(scope.get("route"), "path", "other")
+            route = scope["state"].get("route", "other")
             self._metrics.count_response(route, status)
             if route not in ("/health", "/metrics"):
                 _log.info(

@@ -88,7 +88,8 @@ class DeltaFeed:
         """
         if self._getter is None:
             self._getter = asyncio.create_task(self._queue.get())
-        await asyncio.wait({self._getter, gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        waited: set[asyncio.Future[Any]] = {self._getter, gone}
+        await asyncio.wait(waited, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if gone.done() or not self._getter.done():
             return []
         items = [self._getter.result()]

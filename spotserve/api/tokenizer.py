@@ -1,8 +1,8 @@
 """Text to token ids and back with a model folder's own files, without importing transformers.
 
-`tokenizer.json` holds the whole pipeline; `tokenizer_config.json` the chat template and whether BOS/EOS are added;
-`generation_config.json` and `config.json` the EOS ids and sampling defaults. Nothing in a folder is executed but
-the chat template, in a process of its own.
+`tokenizer.json` holds the whole pipeline, BOS and EOS included (transformers ignores `add_bos_token` beside it);
+`tokenizer_config.json` holds the chat template; `generation_config.json` and `config.json` the EOS ids and sampling
+defaults. Nothing in a folder is executed but the chat template, in a process of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
 
 from spotserve.api.chat_template import ChatTemplate
 from spotserve.core.frozen import Frozen
@@ -89,10 +88,8 @@ class TextCodec:
         except Exception as error:  # the library raises plain Exception for every kind of broken file
             raise ModelError(f"{path} cannot be read: {error}") from error
         config = _read_json(folder / "tokenizer_config.json")
-        tokens = _special_tokens(config)
-        _set_bos_eos(tokenizer, config, tokens)
         source = _template_source(folder, config)
-        template = None if source is None else ChatTemplate(source, tokens)
+        template = None if source is None else ChatTemplate(source, _special_tokens(config))
         return cls(tokenizer, eos_token_ids=GenerationDefaults.load(folder).eos_token_ids, template=template)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
@@ -144,22 +141,6 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
         if isinstance(content, str):
             tokens[name] = content
     return tokens
-
-
-def _set_bos_eos(tokenizer: Tokenizer, config: dict[str, Any], tokens: dict[str, str]) -> None:
-    """Obey explicit `add_bos_token`/`add_eos_token`: transformers then replaces the file's post-processor."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    before = [tokens["bos_token"]] if config.get("add_bos_token") and "bos_token" in tokens else []
-    after = [tokens["eos_token"]] if config.get("add_eos_token") and "eos_token" in tokens else []
-    named = [(token, tokenizer.token_to_id(token)) for token in sorted({*before, *after})]
-    if any(token_id is None for _, token_id in named):
-        raise ModelError(f"special tokens {[token for token, _ in named]} are not all in the vocabulary")
-    tokenizer.post_processor = TemplateProcessing(
-        single=[*(f"{token}:0" for token in before), "$A:0", *(f"{token}:0" for token in after)],
-        pair=[*(f"{token}:0" for token in before), "$A:0", "$B:1", *(f"{token}:0" for token in after)],
-        special_tokens=named,
-    )
 
 
 def _template_source(folder: Path, config: dict[str, Any]) -> str | None:

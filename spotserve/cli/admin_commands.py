@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
-from urllib.parse import quote
 
 import typer
 
@@ -48,17 +47,17 @@ def notice(
 ) -> None:
     """Tell the daemon that an instance will be preempted; at the deadline it is killed."""
     grace_s = seconds(0)(grace, Origin("--grace"))
-    client_for(url).post(f"/admin/instances/{quoted(instance)}/notice", {"grace_s": grace_s})
+    client_for(url).post("/admin/notice", {"instance": instance_id(instance), "grace_s": grace_s})
 
 
 def kill(instance: Instance, url: Url = None) -> None:
     """Kill every worker of an instance at once, without notice."""
-    client_for(url).post(f"/admin/instances/{quoted(instance)}/kill", timeout_s=120.0)
+    client_for(url).post("/admin/kill", {"instance": instance_id(instance)}, timeout_s=120.0)
 
 
 def add_instance(url: Url = None) -> None:
     """Add one instance and print its id."""
-    typer.echo(client_for(url).post("/admin/instances")["id"])
+    typer.echo(client_for(url).post("/admin/add-instance")["instance"])
 
 
 def snapshot(
@@ -91,11 +90,11 @@ def wanted_format(output: str, as_json: bool) -> str:
     return "json" if as_json else str(choice(("table", "json"))(output, Origin("--format")))
 
 
-def quoted(instance: str) -> str:
-    """An instance id as a part of a path."""
-    if not instance or len(instance) > 64:
-        raise SpecError(f"ID {instance[:70]!r} is not an instance id", hint="spotserve status lists them")
-    return quote(instance, safe="")
+def instance_id(text: str) -> str:
+    """What can be an instance id; whether there is such an instance is for the daemon to say."""
+    if not text or len(text) > 64:
+        raise SpecError(f"ID {text[:70]!r} is not an instance id", hint="spotserve status lists them")
+    return text
 
 
 def read_plan(path: Path) -> Any:

@@ -1,7 +1,7 @@
 """The admin verbs' way to a running daemon: plain HTTP to its `/admin` endpoints.
 
 The standard library's client is used as it is: no proxy, no redirect, nothing but loopback in practice. An error
-body carries the code of an error class, and becomes that class again here, exit code included.
+body carries message, hint, code and exit code, and becomes an error of the same here.
 """
 
 from __future__ import annotations
@@ -99,23 +99,13 @@ def client_for(url: str | None, api_key: str | None = None) -> AdminClient:
 
 
 def error_from(status: int, answer: object) -> SpotServeError:
-    """The error that a daemon told in its body, as the class it was."""
+    """The error that a daemon told in its body: its words, hint, code and exit code."""
     told = answer.get("error") if isinstance(answer, dict) else None
     details = cast("dict[str, Any]", told) if isinstance(told, dict) else {}
     message = str(details.get("message") or f"the daemon answered {status}")
-    hint = str(details["hint"]) if details.get("hint") else None
-    error = error_classes().get(str(details.get("code")), SpotServeError)(message, hint=hint)
+    error = SpotServeError(message, hint=str(details["hint"]) if details.get("hint") else None)
+    if isinstance(details.get("code"), str):
+        error.code = details["code"]
     if isinstance(details.get("exit_code"), int):
         error.exit_code = details["exit_code"]
     return error
-
-
-def error_classes() -> dict[str, type[SpotServeError]]:
-    """Code -> class of the whole error tree."""
-    found: dict[str, type[SpotServeError]] = {}
-    open_classes: list[type[SpotServeError]] = [SpotServeError]
-    while open_classes:
-        kind = open_classes.pop()
-        found[kind.code] = kind
-        open_classes.extend(kind.__subclasses__())
-    return found

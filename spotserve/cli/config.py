@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from spotserve.core.options import LOOPBACK_HOSTS, POLICY_NAMES, SOLVER_KINDS, Device, GpuMemory, LogFormat, RunOptions
 from spotserve.core.spec import DType
@@ -218,7 +218,8 @@ def run_options(
         values |= from_file(config_file)
     values |= from_environment(environment)
     values |= from_flags(flags)
-    values.setdefault("state_dir", default_state_dir(values.get("port", 8000), environment))
+    port = values.get("port", RunOptions.model_fields["port"].default)
+    values.setdefault("state_dir", str(state_dir_of(cast("int", port), environment)))
     options = RunOptions(**values, fresh=fresh)  # type: ignore[arg-type]  # each parser gives its field's type
     check_together(options)
     return options
@@ -285,17 +286,12 @@ def flag_of(key: str) -> str:
     return "MODEL" if key == "model" else "--" + key.replace("_", "-")
 
 
-def default_state_dir(port: object, environment: Mapping[str, str]) -> str:
-    """`$XDG_STATE_HOME/spotserve/PORT`."""
-    return os.path.join(state_home(environment), str(port))
+def state_dir_of(port: int, environment: Mapping[str, str]) -> Path:
+    """Where the daemon at `port` keeps its state unless told otherwise."""
+    # Here and not above: the store brings the journal and with it the controller, which no other verb shall wait for.
+    from spotserve.store.state_dir import default_state_dir
 
-
-def state_home(environment: Mapping[str, str]) -> str:
-    """`$XDG_STATE_HOME/spotserve`, below `~/.local/state` where that is not set."""
-    home = environment.get("XDG_STATE_HOME") or os.path.join(
-        environment.get("HOME") or os.path.expanduser("~"), ".local", "state"
-    )
-    return os.path.join(home, "spotserve")
+    return default_state_dir(port, environment)
 
 
 def check_together(options: RunOptions) -> None:
@@ -305,7 +301,7 @@ def check_together(options: RunOptions) -> None:
             f"--host {options.host} is not loopback and there is no API key",
             hint="set SPOTSERVE_API_KEY, or leave --host at 127.0.0.1",
         )
-    if options.port == 0 and options.state_dir.endswith(os.path.join("spotserve", "0")):
+    if options.port == 0 and Path(options.state_dir).parts[-2:] == ("spotserve", "0"):
         raise SpecError("--port 0 has no state dir of its own", hint="name one with --state-dir")
     if options.trace is not None and not os.path.isfile(options.trace):
         raise SpecError(f"--trace {options.trace} is not a file")

@@ -9,7 +9,7 @@ from typing import Annotated, get_args
 import typer
 
 from spotserve.cli.admin_commands import Format, Json, table, wanted_format
-from spotserve.cli.config import Origin, choice, state_home
+from spotserve.cli.config import Origin, choice, state_dir_of
 from spotserve.core.canonical import canonical_json
 from spotserve.core.options import Device
 from spotserve.core.spec import DType, Profile
@@ -52,7 +52,7 @@ def profile(
 
 def default_cache() -> Path:
     """Where measured profiles are kept, whatever the daemon's port."""
-    return Path(state_home(os.environ)) / "profiles"
+    return state_dir_of(0, os.environ).parent / "profiles"
 
 
 def profile_text(measured: Profile) -> str:

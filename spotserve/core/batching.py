@@ -1,4 +1,4 @@
-"""Continuous batching by counting: which tokens of which sequences one iteration computes, and who holds how many blocks.
+"""Continuous batching by counting: which tokens of which sequences an iteration computes, who holds how many blocks.
 
 The leader of a replica and the simulator drive the same `Batcher`; it knows numbers of tokens and never a token. First
 come, first served by arrival; decodes before prefill chunks inside a token budget; when blocks run out the youngest
@@ -153,9 +153,8 @@ class Batcher:
         if name in self._sequences:
             return False
         if not self.fits(prompt_tokens=sequence.prompt_tokens, max_tokens=sequence.max_tokens):
-            raise InvariantError(
-                f"sequence of {sequence.prompt_tokens + sequence.max_tokens} tokens exceeds {self.limits.num_blocks} blocks"
-            )
+            num_tokens = sequence.prompt_tokens + sequence.max_tokens
+            raise InvariantError(f"sequence of {num_tokens} tokens exceeds {self.limits.num_blocks} blocks")
         self._sequences[name] = sequence
         if sequence.kv_tokens:
             self._take_over(sequence)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from heapq import heapify, heappop, heappush
 from typing import Literal
 
 from spotserve.core.frozen import Frozen
@@ -89,7 +90,9 @@ class Facts:
         return result
 
     def _takes(self, instance: InstanceView, kind: str) -> bool:
-        return self.plan.trigger.kind == kind and instance.id in self.plan.trigger.instances
+        """Whether the trigger changes the state of an instance that the snapshot has as ready."""
+        named = instance.state == "ready" and instance.id in self.plan.trigger.instances
+        return named and self.plan.trigger.kind == kind
 
     @cached_property
     def memory(self) -> dict[GpuId, int]:
@@ -200,7 +203,7 @@ class Facts:
     @cached_property
     def ancestors(self) -> dict[StepId, int]:
         """For each step the bit set of all it depends on, directly or not (empty where a cycle hides it)."""
-        bits = {step.id: 1 << number for number, step in enumerate(self.plan.steps)}
+        bits = self._bits
         result: dict[StepId, int] = {}
         for step in self.in_order:
             reach = 0
@@ -211,27 +214,33 @@ class Facts:
         return result
 
     @cached_property
+    def _bits(self) -> dict[StepId, int]:
+        return {step.id: 1 << number for number, step in enumerate(self.plan.steps)}
+
+    @cached_property
     def in_order(self) -> tuple[Step, ...]:
-        """The steps in a topological order that keeps file order where it can; steps on a cycle are left out."""
-        known = {step.id for step in self.plan.steps}
-        waiting = list(self.plan.steps)
-        done: set[StepId] = set()
+        """The steps in topological order, file order where it is one; steps on or behind a cycle are left out."""
+        number = {step.id: index for index, step in enumerate(self.plan.steps)}
+        blocked = {i: {n for n in step.depends_on if n in number} for i, step in enumerate(self.plan.steps)}
+        followers: dict[StepId, list[int]] = {}
+        for index, names in blocked.items():
+            for name in names:
+                followers.setdefault(name, []).append(index)
+        ready = [index for index, names in blocked.items() if not names]
+        heapify(ready)
         result: list[Step] = []
-        while waiting:
-            ready = [s for s in waiting if all(name in done or name not in known for name in s.depends_on)]
-            if not ready:
-                break
-            # A step becomes ready only through `done`, so one pass may release whole chains in file order.
-            for step in ready:
-                done.add(step.id)
-                result.append(step)
-            waiting = [step for step in waiting if step.id not in done]
+        while ready:
+            step = self.plan.steps[heappop(ready)]
+            result.append(step)
+            for index in followers.get(step.id, ()):
+                blocked[index].discard(step.id)
+                if not blocked[index]:
+                    heappush(ready, index)
         return tuple(result)
 
     def follows(self, later: Step, earlier: Step) -> bool:
         """Whether `later` depends on `earlier`, directly or not."""
-        number = next(i for i, step in enumerate(self.plan.steps) if step is earlier)
-        return bool(self.ancestors.get(later.id, 0) >> number & 1)
+        return bool(self.ancestors.get(later.id, 0) & self._bits[earlier.id])
 
 
 def add(cells: Cells, slices: Iterable[Slice]) -> None:

@@ -314,12 +314,14 @@ class ActivateCommand(Command):
 class ReleaseCommand(Command):
     """Free a generation's position: its KV pool, and weights that no other generation shares. Result: {}.
 
+    With `keep_weights` (the replica was lost) the weights stay as loose holdings that the next plan may copy from.
     Unknown generation: nothing to do, ok.
     """
 
     kind: Literal["release"] = "release"
     replica: ReplicaId
     generation: int
+    keep_weights: bool = False
 
 
 class AbortCommand(Command):

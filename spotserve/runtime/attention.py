@@ -40,16 +40,12 @@ class Span:
 
 @dataclass(slots=True)
 class TileGroup:
-    """Tiles [first, first + count) with `num_blocks` KV blocks each, whose gathered blocks begin at `offset`.
-
-    With `shared`, they are tiles of one sequence that share one gathered prefix, and `num_blocks` is the last tile's.
-    """
+    """Tiles [first, first + count) of `num_blocks` KV blocks each; their gathered blocks begin at `offset`."""
 
     first: int
     count: int
     num_blocks: int
     offset: int
-    shared: bool
 
 
 @dataclass(slots=True)
@@ -116,14 +112,15 @@ def plan_tiles(spans: Sequence[Span], kv: KvStore, masks: MaskCache, heads: Head
         if groups and groups[-1].num_blocks == num_blocks:
             groups[-1].count += 1
         else:
-            groups.append(TileGroup(num_tiles, 1, num_blocks, len(blocks), shared=False))
+            groups.append(TileGroup(num_tiles, 1, num_blocks, len(blocks)))
         first_tile[index] = num_tiles
         blocks += tables[index][:num_blocks]
         num_tiles += 1
     for index, (low, high) in enumerate(tiles):
         if low != high:
-            groups.append(TileGroup(num_tiles, high - low + 1, high + 1, len(blocks), shared=True))
+            # Tiles of one sequence are calls of their own over one gathered prefix.
             first_tile[index] = num_tiles
+            groups += [TileGroup(num_tiles + tile - low, 1, tile + 1, len(blocks)) for tile in range(low, high + 1)]
             blocks += tables[index][: high + 1]
             num_tiles += high - low + 1
     slots: list[int] = []
@@ -168,7 +165,9 @@ def paged_attention(
     _slots(values).index_copy_(1, batch.slots, value[0, :, : batch.rows])
     tiles = query.new_zeros(num_heads, batch.num_tiles * TILE, head_dim)
     tiles.index_copy_(1, batch.tile_rows, query[0, :, : batch.rows])
-    attended = _attend_tiles(tiles, keys.index_select(1, batch.blocks), values.index_select(1, batch.blocks), batch, scaling)
+    attended = _attend_tiles(
+        tiles, keys.index_select(1, batch.blocks), values.index_select(1, batch.blocks), batch, scaling
+    )
     output = query.new_zeros(1, query.shape[2], num_heads, head_dim)
     output[0, : batch.rows] = attended.index_select(1, batch.tile_rows).transpose(0, 1)
     return output, None
@@ -180,18 +179,13 @@ def _slots(pool: Tensor) -> Tensor:
 
 
 def _attend_tiles(tiles: Tensor, keys: Tensor, values: Tensor, batch: PagedBatch, scaling: float) -> Tensor:
-    """Attention of all tiles [heads, tiles * TILE, head_dim] over gathered blocks [kv heads, blocks, TILE, head_dim]."""
+    """Tiles [heads, tiles * TILE, head_dim] over gathered blocks [kv heads, blocks, TILE, head_dim]."""
     if batch.head_map.index is not None:
         keys = keys.index_select(0, batch.head_map.index)
         values = values.index_select(0, batch.head_map.index)
     result = torch.empty_like(tiles)
     for group in batch.groups:
-        if group.shared:
-            for index in range(group.count):
-                length = (group.num_blocks - group.count + 1 + index)
-                _attend_group(result, tiles, keys, values, TileGroup(group.first + index, 1, length, group.offset, shared=False), batch, scaling)
-        else:
-            _attend_group(result, tiles, keys, values, group, batch, scaling)
+        _attend_group(result, tiles, keys, values, group, batch, scaling)
     return result
 
 

@@ -65,7 +65,7 @@ class CheckpointLayout:
 
 def validate_checkpoint(folder: Path) -> CheckpointLayout:
     """Read and check every header of `folder`. Raises ModelError naming the file and what is wrong with it."""
-    digest = sha256((_read_config(folder)))
+    digest = sha256(_read_config(folder))
     tensors: dict[str, TensorHeader] = {}
     weight_map = _weight_map(folder)
     for name in sorted(set(weight_map.values())) if weight_map is not None else [SINGLE_NAME]:
@@ -104,9 +104,7 @@ def read_header(path: Path) -> tuple[bytes, dict[str, TensorHeader]]:
     if not isinstance(content, dict):
         raise ModelError(f"{path}: header is {type(content).__name__}, not an object")
     tensors = {
-        name: _tensor_header(path, name, entry, 8 + length)
-        for name, entry in content.items()
-        if name != "__metadata__"
+        name: _tensor_header(path, name, entry, 8 + length) for name, entry in content.items() if name != "__metadata__"
     }
     _check_cover(path, tensors, data_start=8 + length, size=size)
     return raw, tensors

@@ -38,6 +38,13 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
+class Free:
+    """Sequences that ended while there was nothing to run."""
+
+    keys: tuple[SequenceKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Adopt:
     """These sequences go on with the KV that was copied in: (key, tokens with KV). Answered by `Missing`.
 
@@ -53,7 +60,7 @@ class Stop:
     """The replica is released: followers end."""
 
 
-Descriptor = Run | Adopt | Stop
+Descriptor = Run | Free | Adopt | Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +103,8 @@ def decode(payload: bytes) -> Descriptor | Answer:
                     for key, start, count, position, token_ids in items
                 ),
             )
+        case "free":
+            return Free(_keys(value[1]))
         case "adopt":
             return Adopt(tuple((_key(key), kv_tokens) for key, kv_tokens in value[1]), is_exclusive=value[2])
         case "stop":
@@ -117,6 +126,8 @@ def _plain(message: Descriptor | Answer) -> list[Any]:
                 [(key, parameters.model_dump()) for key, parameters in message.admitted],
                 [(item.key, item.start, item.count, item.position, item.token_ids) for item in message.items],
             ]
+        case Free():
+            return ["free", message.keys]
         case Adopt():
             return ["adopt", message.sequences, message.is_exclusive]
         case Stop():

@@ -17,7 +17,7 @@ from spotserve.runtime.proto.worker_pb2 import Envelope
 
 MAX_MESSAGE_BYTES = 64 << 20
 HEARTBEAT_S = 1.0
-SECRET_HEADER = "authorization"
+AUTHORIZATION = "authorization"
 
 _KEEPALIVE_MS = 1_000
 _KEEPALIVE_TIMEOUT_MS = 2_000
@@ -91,12 +91,12 @@ class Opener(Generic[Message]):
 
 def bearer(secret: str) -> tuple[tuple[str, str], ...]:
     """The metadata that proves the secret."""
-    return ((SECRET_HEADER, f"Bearer {secret}"),)
+    return ((AUTHORIZATION, f"Bearer {secret}"),)
 
 
 def is_bearer(metadata: Iterable[tuple[str, str | bytes]], secret: str) -> bool:
     """Whether the metadata proves the secret; takes the same time whatever it holds."""
-    given = next((value for key, value in metadata if key == SECRET_HEADER), "")
+    given = next((value for key, value in metadata if key == AUTHORIZATION), "")
     given_bytes = given.encode() if isinstance(given, str) else given
     return hmac.compare_digest(given_bytes, f"Bearer {secret}".encode())
 

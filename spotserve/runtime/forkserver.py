@@ -1,4 +1,4 @@
-"""The process that workers are forked from: torch and transformers imported once, no thread, no gRPC, no socket but ours.
+"""The process that workers are forked from: torch and transformers imported once, no thread, no gRPC.
 
 `python -m spotserve.runtime.forkserver --socket PATH` serves JSON lines over a unix socket (mode 0600). Importing torch
 and transformers costs seconds and hundreds of MB per process; a fork of this one costs milliseconds. It may fork safely
@@ -170,7 +170,7 @@ class ForkServer:
             _redirect(log_descriptor)
             os.environ.update(env)
             status = self._entry(args)
-        except BaseException:
+        except BaseException:  # noqa: BLE001
             # The edge of the process: what is not caught here would run the parent's loop in the child.
             traceback.print_exc()
         finally:

@@ -69,7 +69,6 @@ class KvStore:
             device=device,
         )
         self._lock = threading.Lock()
-        # The lowest free block is taken first, so that tables are the same for the same history.
         self._free = list(range(num_blocks - 1, -1, -1))
         self._sequences: dict[SequenceKey, _Sequence] = {}
         self._pins: dict[int, int] = {}

@@ -7,7 +7,7 @@ product, in float32 and in one global order on every rank (contracts section 7 (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Protocol, cast
 
@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from spotserve.errors import ModelError
+
 COLUMN_MULTIPLE = 16
+PACK_ROWS = 8
+"""The row count that prepacked weights are laid out for; one value everywhere, as it may show in the bits."""
+
+Product = Callable[[Tensor], Tensor]
+"""rows [..., in] -> [..., out]."""
 
 
 class Exchange(Protocol):
@@ -43,34 +50,55 @@ class Gather:
         return out
 
 
+def product_of(weight: Tensor, bias: Tensor | None, *, prepacked: bool) -> Product:
+    """Multiplication by `weight` [out, in]: plain, or by a copy of it that oneDNN laid out for this processor.
+
+    The two differ in bits, so every worker of a deployment has to use the same one (contracts section 7 (d)).
+    """
+    if not prepacked:
+        return lambda rows: F.linear(rows, weight, bias)
+    if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        raise ModelError("prepacked weights need a torch with oneDNN", hint="serve with plain linears")
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACK_ROWS)
+    except RuntimeError as error:
+        raise ModelError(
+            f"prepacked {weight.dtype} weights are not supported by this processor", hint="serve with plain linears"
+        ) from error
+    multiply = torch.ops.mkldnn._linear_pointwise
+    return lambda rows: cast("Tensor", multiply(rows, packed, bias, "none", [], ""))
+
+
 class ColumnLinear(nn.Module):
     """Output columns of a product; a narrow slice is computed `min_columns` wide and cut."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, min_columns: int) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, min_columns: int, prepacked: bool = False) -> None:
         super().__init__()
         self._columns = weight.shape[0]
         missing = max(0, min_columns - self._columns)
-        self._weight = F.pad(weight, (0, 0, 0, missing)) if missing else weight
-        self._bias = F.pad(bias, (0, missing)) if missing and bias is not None else bias
+        if missing:
+            weight = F.pad(weight, (0, 0, 0, missing))
+            bias = F.pad(bias, (0, missing)) if bias is not None else None
+        self._product = product_of(weight, bias, prepacked=prepacked)
 
     def forward(self, rows: Tensor) -> Tensor:
         """rows [1, rows, in] -> [1, rows, own columns]."""
-        columns = F.linear(rows, self._weight, self._bias)
+        columns = self._product(rows)
         return columns if columns.shape[-1] == self._columns else columns[..., : self._columns].contiguous()
 
 
 class RowLinear(nn.Module):
     """Fast mode: one product over the rank's own inputs, summed over ranks in float32."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, gather: Gather) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, gather: Gather, *, prepacked: bool = False) -> None:
         super().__init__()
-        self._weight = weight
+        self._product = product_of(weight, None, prepacked=prepacked)
         self._bias = bias
         self._gather = gather
 
     def forward(self, rows: Tensor) -> Tensor:
         """rows [1, rows, own inputs] -> [1, rows, out]."""
-        own = F.linear(rows, self._weight)
+        own = self._product(rows)
         total = _sum_in_order(self._gather.of(own, [tuple(own.shape)] * self._gather.degree)).to(rows.dtype)
         return total if self._bias is None else total + self._bias
 
@@ -78,25 +106,36 @@ class RowLinear(nn.Module):
 class ChunkedRowLinear(nn.Module):
     """Deterministic mode: a product per reduction chunk, gathered from all ranks and added in the global order.
 
-    `widths[r]` are the widths of the chunks that rank r multiplies. Neighbouring chunks of one width share a batched
-    product where that needs no copy of the weight; its bits are those of each chunk alone.
+    `widths[r]` are the widths of the chunks that rank r multiplies.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, gather: Gather, widths: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        gather: Gather,
+        widths: Sequence[Sequence[int]],
+        *,
+        prepacked: bool = False,
+    ) -> None:
         super().__init__()
         self._bias = bias
         self._gather = gather
         self._num_chunks = [len(each) for each in widths]
         self._out = weight.shape[0]
-        self._runs: list[_Run] = []
-        # On a CPU only float32 has a batched product that reads a strided view; the others would copy it each time.
-        batched = weight.dtype == torch.float32 or weight.device.type != "cpu"
+        # Neighbouring chunks of one width can share a batched product, whose bits are those of each chunk alone. On a
+        # CPU only float32 has one that reads a strided view; other types would copy the weight each time.
+        batched = not prepacked and (weight.dtype == torch.float32 or weight.device.type != "cpu")
+        self._runs: list[_ChunkProduct | _ChunkRun] = []
         start = 0
         for width, same in groupby(widths[gather.rank]):
-            count = len(list(same))
-            for first, size in [(0, count)] if batched else [(chunk, 1) for chunk in range(count)]:
-                self._runs.append(_Run(weight, start + first * width, size, width))
-            start += count * width
+            stop = start + len(list(same)) * width
+            if batched:
+                self._runs.append(_ChunkRun(weight, start, stop, width))
+            else:
+                chunks = range(start, stop, width)
+                self._runs += [_ChunkProduct(weight, each, each + width, prepacked=prepacked) for each in chunks]
+            start = stop
 
     def forward(self, rows: Tensor) -> Tensor:
         """rows [1, padded rows, own inputs] -> [1, padded rows, out]; padding rows come back as zero."""
@@ -110,21 +149,31 @@ class ChunkedRowLinear(nn.Module):
         return F.pad(total, (0, 0, 0, rows.shape[1] - real))[None]
 
 
-class _Run:
-    """`count` neighbouring chunks of equal `width`, as a view of the weight."""
+class _ChunkProduct:
+    """The product of one chunk, inputs [start, stop)."""
 
-    def __init__(self, weight: Tensor, start: int, count: int, width: int) -> None:
-        self._start, self._stop = start, start + count * width
-        self._shape = (count, width)
-        columns = weight[:, self._start : self._stop]
-        self._weight = columns if count == 1 else columns.unflatten(1, self._shape).permute(1, 2, 0)
+    def __init__(self, weight: Tensor, start: int, stop: int, *, prepacked: bool) -> None:
+        self._start, self._stop = start, stop
+        self._product = product_of(weight[:, start:stop], None, prepacked=prepacked)
 
     def product(self, rows: Tensor) -> Tensor:
-        """rows [rows, own inputs] -> [count, rows, out]."""
-        inputs = rows[:, self._start : self._stop]
-        if self._shape[0] == 1:
-            return F.linear(inputs.contiguous(), self._weight)[None]
-        return torch.bmm(inputs.unflatten(1, self._shape).transpose(0, 1).contiguous(), self._weight)
+        """rows [rows, own inputs] -> [1, rows, out]."""
+        return self._product(rows[:, self._start : self._stop].contiguous())[None]
+
+
+class _ChunkRun:
+    """The products of neighbouring chunks of equal `width`, inputs [start, stop), over a view of the weight."""
+
+    def __init__(self, weight: Tensor, start: int, stop: int, width: int) -> None:
+        self._start, self._stop, self._width = start, stop, width
+        out = weight.shape[0]
+        # [out, inputs] seen as [chunks, width, out].
+        self._weight = weight[:, start:stop].view(out, -1, width).permute(1, 2, 0)
+
+    def product(self, rows: Tensor) -> Tensor:
+        """rows [rows, own inputs] -> [chunks, rows, out]."""
+        inputs = rows[:, self._start : self._stop].reshape(rows.shape[0], -1, self._width)
+        return torch.bmm(inputs.transpose(0, 1).contiguous(), self._weight)
 
 
 class WideActivation(nn.Module):

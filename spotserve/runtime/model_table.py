@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from spotserve.core.slices import column_chunks, head_chunks
@@ -66,8 +67,10 @@ def describe_model(folder: Path, dtype: str | None = None) -> ModelSpec:
     layout = validate_checkpoint(folder)
     architecture = _architecture(folder)
     config = load_config(folder)
-    _check_features(config)
     model_class = getattr(transformers, architecture)
+    if not isinstance(config, model_class.config_class):
+        raise ModelError(f"{folder / 'config.json'}: model_type {config.model_type} is not that of {architecture}")
+    _check_features(config)
     with torch.device("meta"):
         module = model_class(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters(remove_duplicate=False)}
@@ -95,8 +98,8 @@ def load_config(folder: Path) -> Any:
     """The transformers config of `folder`, read from disk alone and without any code of its own."""
     try:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (StrictDataclassError, ValueError, KeyError, TypeError, OSError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"{folder / 'config.json'} is not accepted by transformers: {reason}") from error
 
 
@@ -172,9 +175,7 @@ def _parameters(
     return tuple(rows.values())
 
 
-def _parameter(
-    config: Any, plan: Mapping[str, ParameterKind], name: str, shape: tuple[int, ...]
-) -> Parameter:
+def _parameter(config: Any, plan: Mapping[str, ParameterKind], name: str, shape: tuple[int, ...]) -> Parameter:
     module, leaf = name.rsplit(".", 1)
     if name == EMBEDDING:
         return Parameter(name=name, shape=shape, kind="replicated", stage="first")

@@ -2,7 +2,7 @@
 
 Every rank runs the same `StageRunner` over the same descriptors, in the same order. The leader (stage 0, rank 0) owns
 the batcher and all that is asked of the replica: requests, closings, quiesce are posted to its thread and done between
-micro-batches. With P stages up to P micro-batches are out, so the leader works on the next while the last stage samples.
+micro-batches. With P stages up to P micro-batches are out: the leader works on one while the last samples another.
 A rank that loses a mesh peer says so once and ends; its KV stays until the release.
 """
 
@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from spotserve.core.batching import BatchItem, BatchLimits, Batcher, MicroBatch, SequenceKey
+from spotserve.core.batching import Batcher, BatchItem, BatchLimits, MicroBatch, SequenceKey
 from spotserve.core.batching import Sequence as BatchedSequence
 from spotserve.core.ids import ReplicaId, RequestId
 from spotserve.core.sampling import SamplingParameters
@@ -38,7 +38,19 @@ from spotserve.core.wire import (
 from spotserve.errors import InvariantError, MeshError, SpotServeError
 from spotserve.log import get_logger
 from spotserve.runtime.checkpoint import TORCH_DTYPES
-from spotserve.runtime.descriptor import Adopt, Answer, Descriptor, Missing, Run, RunItem, Sampled, Stop, decode, encode
+from spotserve.runtime.descriptor import (
+    Adopt,
+    Answer,
+    Descriptor,
+    Free,
+    Missing,
+    Run,
+    RunItem,
+    Sampled,
+    Stop,
+    decode,
+    encode,
+)
 from spotserve.runtime.kv_migration import IncomingKv
 from spotserve.runtime.kv_store import SequenceKey as KvKey
 from spotserve.runtime.mesh import Mesh
@@ -229,10 +241,11 @@ class Follower(ReplicaLoop):
             descriptor = decode(self._mesh.recv_control(LEADER, None))
             answer: Answer | None = None
             match descriptor:
+                case Free():
+                    self._runner.free(descriptor.keys)
                 case Run():
-                    tokens = self._runner.run(descriptor) if descriptor.items else self._runner.free(descriptor.freed)
-                    if descriptor.items and tokens is not None:
-                        answer = Sampled(descriptor.number, tokens)
+                    tokens = self._runner.run(descriptor)
+                    answer = None if tokens is None else Sampled(descriptor.number, tokens)
                 case Adopt():
                     answer = self._runner.adopt(descriptor)
                 case Stop():
@@ -382,7 +395,7 @@ class Leader(ReplicaLoop):
         freed = tuple(self._batcher.take_freed())
         if freed:
             self._runner.free(freed)
-            self._tell(Run(number=-1, freed=freed, admitted=(), items=()))
+            self._tell(Free(freed))
 
     def _read_mail(self, *, wait: bool) -> None:
         while True:
@@ -484,9 +497,7 @@ class Leader(ReplicaLoop):
                 token_ids=list(content.token_ids),
                 num_durable=len(content.token_ids),
             )
-            if not self._batcher.fits(
-                prompt_tokens=len(request.prompt_ids), max_tokens=request.sampling.max_tokens
-            ):
+            if not self._batcher.fits(prompt_tokens=len(request.prompt_ids), max_tokens=request.sampling.max_tokens):
                 self._choices[name].finish_reason = "error"
                 key = SequenceKey(request.request, content.choice, content.kv_generation)
                 failed.append(self._token_run(key, len(content.token_ids), (), "error"))
@@ -497,9 +508,7 @@ class Leader(ReplicaLoop):
         self._send_runs(failed)
         self._tell_evictions()
 
-    def _adopt(
-        self, new: Sequence[tuple[RequestContent, ChoiceContent]], *, is_exclusive: bool
-    ) -> set[SequenceKey]:
+    def _adopt(self, new: Sequence[tuple[RequestContent, ChoiceContent]], *, is_exclusive: bool) -> set[SequenceKey]:
         """Have every rank take over the KV that was copied in; returns what any of them lacks."""
         sequences = tuple(
             (SequenceKey(request.request, content.choice, content.kv_generation), content.kv_tokens)
@@ -600,9 +609,7 @@ class Leader(ReplicaLoop):
 
     def _send_runs(self, runs: Sequence[TokenRun]) -> None:
         if runs:
-            self._send(
-                Tokens(replica=self.place.replica, generation=self.place.generation, runs=tuple(runs))
-            )
+            self._send(Tokens(replica=self.place.replica, generation=self.place.generation, runs=tuple(runs)))
 
     def _finish(self) -> None:
         """Nobody answers mail any more."""

@@ -103,9 +103,18 @@ class StageModel:
         *,
         exchange: Exchange | None = None,
         deterministic: bool = True,
+        prepacked: bool = False,
         device: str = "cpu",
     ) -> None:
-        """Build the modules over the tensors in `weights`, which must hold all of `shard_slices(model, shard)`."""
+        """Build the modules over the tensors in `weights`, which must hold all of `shard_slices(model, shard)`.
+
+        Args:
+            folder: where config.json is.
+            exchange: the other tensor ranks of the stage; needed when there are any.
+            deterministic: whether bits must not depend on cut, batch and history.
+            prepacked: multiply by copies of the weights that oneDNN laid out: faster on a CPU, the weights' memory
+                once more, and other bits, so it is the same on every worker.
+        """
         if shard.tensor > 1 and exchange is None:
             raise InvariantError(f"tensor degree {shard.tensor} needs an exchange")
         self.model = model
@@ -113,6 +122,7 @@ class StageModel:
         self._kv = kv
         self._device = device
         self._deterministic = deterministic
+        self._prepacked = prepacked
         self._dtype = TORCH_DTYPES[model.dtype]
         self._masks = MaskCache(self._dtype, device)
         q_heads = q_head_range(model, tensor=shard.tensor, rank=shard.rank)
@@ -168,7 +178,7 @@ class StageModel:
         for span in spans:
             self._kv.fill(span.key, span.stop)
         if not self.shard.last:
-            return cast("Tensor", state[0, : paged.rows])
+            return state[0, : paged.rows]
         return self._logits(state[0], batch.wanted_rows())
 
     @torch.inference_mode()
@@ -178,7 +188,9 @@ class StageModel:
         rows = local.shape[0]
         if not rows:
             return local.new_empty(0, self.model.vocab_size, dtype=torch.float32)
-        widths = [axis_range(self.model, axis, tensor=self.shard.tensor, rank=rank) for rank in range(self.shard.tensor)]
+        widths = [
+            axis_range(self.model, axis, tensor=self.shard.tensor, rank=rank) for rank in range(self.shard.tensor)
+        ]
         parts = self._gather.of(local.contiguous(), [(rows, stop - start) for start, stop in widths])
         return torch.cat(parts, dim=1).float()
 
@@ -229,21 +241,20 @@ class StageModel:
         return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=parameter.dim)
 
     def _linear(self, parameter: Parameter, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        prepacked = self._prepacked
         if parameter.kind != "row":
-            return ColumnLinear(weight, bias, min_columns=MIN_COLUMNS if self._deterministic else 1)
+            min_columns = MIN_COLUMNS if self._deterministic else 1
+            return ColumnLinear(weight, bias, min_columns=min_columns, prepacked=prepacked)
         if not self._deterministic:
-            return RowLinear(weight, bias, self._gather)
-        return ChunkedRowLinear(weight, bias, self._gather, self._chunk_widths(parameter))
+            return RowLinear(weight, bias, self._gather, prepacked=prepacked)
+        return ChunkedRowLinear(weight, bias, self._gather, self._chunk_widths(parameter), prepacked=prepacked)
 
     def _chunk_widths(self, parameter: Parameter) -> list[list[int]]:
         """For each rank of the stage, the widths of the reduction chunks it multiplies, in global order."""
         (segment,) = parameter.segments
         axis = self.model.axis(segment.axis)
         return [
-            [
-                (stop - start) * segment.unit
-                for start, stop in owned_chunks(axis, tensor=self.shard.tensor, rank=rank)
-            ]
+            [(stop - start) * segment.unit for start, stop in owned_chunks(axis, tensor=self.shard.tensor, rank=rank)]
             for rank in range(self.shard.tensor)
         ]
 

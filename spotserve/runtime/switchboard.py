@@ -140,9 +140,7 @@ class Switchboard:
     def connected(self) -> dict[GpuId, Register]:
         """The workers that are connected now, sorted by id."""
         return {
-            worker: line.session.register
-            for worker, line in sorted(self._lines.items())
-            if line.session is not None
+            worker: line.session.register for worker, line in sorted(self._lines.items()) if line.session is not None
         }
 
     def silence_s(self, worker: GpuId) -> float | None:
@@ -284,7 +282,7 @@ class Switchboard:
             pending.reply.set_result(reply)
 
 
-class _Servicer(CoordinatorServicer):
+class _Servicer(CoordinatorServicer):  # type: ignore[misc]  # Generated code has no types.
     """Authenticates a stream and hands it to the switchboard."""
 
     def __init__(self, switchboard: Switchboard) -> None:
@@ -314,9 +312,7 @@ async def _read(context: grpc.aio.ServicerContext[Envelope, Envelope]) -> Envelo
     return envelope
 
 
-async def _write_all(
-    session: _Session, context: grpc.aio.ServicerContext[Envelope, Envelope], sealer: Sealer
-) -> None:
+async def _write_all(session: _Session, context: grpc.aio.ServicerContext[Envelope, Envelope], sealer: Sealer) -> None:
     while (message := await session.outgoing.get()) is not None:
         await context.write(sealer.seal(message))
 

@@ -129,7 +129,7 @@ def decide_requests(
     """Finish, move or recompute each request of an affected replica.
 
     The requests furthest along move first while B and the KV pool of the target hold them; `hottest` bounds how many
-    move at all. A request that ends while bytes are still being copied finishes where it is.
+    move at all. Of those left, one that ends while bytes are still being copied is expected to finish where it is.
     """
     heir = {route.from_replica: route.to_replica for route in routes}
     room = {replica.id: _room(problem, replica) for replica in target}
@@ -141,10 +141,10 @@ def decide_requests(
         to_replica = heir.get(replica.id)
         action = "recompute"
         if replica.id not in lost and to_replica is not None and may_move:
-            if _ends_within(problem, replica, request, copy_s):
-                action = "finish"
-            elif (hottest is None or moved < hottest) and _take(problem, room[to_replica], request):
+            if (hottest is None or moved < hottest) and _take(problem, room[to_replica], request):
                 action, moved = "move", moved + 1
+            elif _ends_within(problem, replica, request, copy_s):
+                action = "finish"
         actions.append(
             RequestAction.model_validate({"request": request.request, "action": action, "to_replica": to_replica})
         )

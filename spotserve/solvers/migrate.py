@@ -136,7 +136,13 @@ def first_holder(holders: Sequence[GpuId], load: Load, piece: Piece) -> GpuId:
     return min(holders, key=natural_key)
 
 
-PREFERENCES: dict[str, Preference] = {"maxflow": least_loaded, "first_holder": first_holder}
+PREFERENCES: dict[str, Preference] = {
+    "maxflow": least_loaded,
+    "layered": least_loaded,
+    "first_holder": first_holder,
+}
+"""How a source is chosen. `layered` is `maxflow` whose in_place plans free weights layer by layer (SpotServe's
+Algorithm 2), which needs workers that can; the others free all of an old generation first and fetch it again."""
 
 
 def choose_sources(

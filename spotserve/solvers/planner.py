@@ -101,7 +101,7 @@ class Planner:
         if self._keeps_everything(first.candidate):
             self.reports["configure"] = first.report
             return self._unchanged()
-        if self.policy == "live":
+        if self.policy == "live" or not self.problem.snapshot.world.replicas:
             for choice in self._near_best(rows, first):
                 if (plan := self._live(choice)) is not None:
                     return plan
@@ -207,7 +207,7 @@ class Planner:
 
     def _live_plan(self, layout: Layout, *, hottest: int | None, doomed_sources: bool) -> Plan:
         """One rung: `hottest` requests move (None: all, 0: none)."""
-        transfers = self._fetch(layout.fresh, doomed_sources=doomed_sources, from_peers=True)
+        transfers = self._fetch(layout.fresh, sources=self._sources(doomed=doomed_sources))
         copy_s = self._copy_estimate_s(transfers)
         actions = self._actions(layout, hottest=hottest, copy_s=copy_s, may_move=hottest != 0)
         kv = {} if hottest == 0 else self._kv(layout)
@@ -243,13 +243,14 @@ class Planner:
 
     def _in_place(self, shape: tuple[int, int], data: int, untouched: tuple[Replica, ...]) -> Plan:
         """A plan that stops first: old and new do not fit side by side, or the policy restarts everything."""
-        restart = self.policy in RESTART_POLICIES
         layout = self._lay_out(shape, data - len(untouched), untouched, mode="in_place")
         assert layout is not None, "a tabulated candidate fits an empty GPU"
-        for kv_first in (True, False) if not restart else ():
-            if (plan := self._layered(layout, kv_first=kv_first)) is not None and self._in_time(plan):
-                return plan
-        draft = self._draft_in_place(layout, from_peers=False, kv={}, released_first=self.policy == "reparallelize")
+        if self.policy not in RESTART_POLICIES and self.solvers["migrate"] == "layered":
+            for kv_first in (True, False):
+                if (plan := self._layered(layout, kv_first=kv_first)) is not None and self._in_time(plan):
+                    return plan
+        sources = [gpu for replica in layout.untouched for gpu in replica.gpus]
+        draft = self._draft_in_place(layout, sources=self._allowed(sources), kv={}, released_first=True)
         steps = StepWriter(draft, self.catalog, self._window(draft)).write_in_place(None)
         return self._finish(draft, steps, "tokens_only")
 
@@ -262,7 +263,7 @@ class Planner:
                 return None
         layout = replace(layout, fresh=fresh)
         kv = self._kv(layout) if kv_first else {}
-        draft = self._draft_in_place(layout, from_peers=True, kv=kv, kv_first=kv_first)
+        draft = self._draft_in_place(layout, sources=self._sources(doomed=True), kv=kv, kv_first=kv_first)
         free = {gpu: self._free_now(gpu) for gpu in self.view.memory}
         if not kv_first:
             for gpu, replica in draft.old_position.items():
@@ -280,12 +281,12 @@ class Planner:
         self,
         layout: Layout,
         *,
-        from_peers: bool,
+        sources: list[GpuId],
         kv: Mapping[Route, tuple[KvTransfer, ...]],
         kv_first: bool = True,
         released_first: bool = False,
     ) -> Draft:
-        transfers = self._fetch(layout.fresh, doomed_sources=True, from_peers=from_peers, nothing_held=released_first)
+        transfers = self._fetch(layout.fresh, sources=sources, nothing_held=released_first)
         return Draft(
             problem=self.problem,
             view=self.view,
@@ -324,7 +325,7 @@ class Planner:
             # A pipeline that does not fit beside what its GPUs still hold is not formed: rerouting never restarts.
             layout = self._lay_out(shape, 0, untouched, mode="live")
             assert layout is not None, "a layout without new replicas needs no room"
-        transfers = self._fetch(layout.fresh, doomed_sources=False, from_peers=False)
+        transfers = self._fetch(layout.fresh, sources=[])
         draft = Draft(
             problem=self.problem,
             view=self.view,
@@ -512,7 +513,7 @@ class Planner:
     # -- content --------------------------------------------------------------------------------------------
 
     def _fetch(
-        self, fresh: tuple[Replica, ...], *, doomed_sources: bool, from_peers: bool, nothing_held: bool = False
+        self, fresh: tuple[Replica, ...], *, sources: list[GpuId], nothing_held: bool = False
     ) -> tuple[Transfer, ...]:
         """Where every missing range of the new replicas comes from."""
         wants: dict[GpuId, Ranges] = {}
@@ -522,12 +523,19 @@ class Planner:
                 held = {} if nothing_held else self.held.get(gpu, {})
                 if missing := without(owned, held):
                     wants[gpu] = missing
-        sources = [*self.view.staying, *(self.view.doomed if doomed_sources else ())] if from_peers else []
         pieces = cut_pieces(self.catalog, wants, self.held, sources)
         transfers, self.reports["migrate"] = choose_sources(
             pieces, doomed=self.view.doomed, solver=self.solvers["migrate"]
         )
         return transfers
+
+    def _allowed(self, sources: list[GpuId]) -> list[GpuId]:
+        """The GPUs that weights may be copied from; the baselines load everything from storage."""
+        return [] if self.policy in RESTART_POLICIES else sources
+
+    def _sources(self, *, doomed: bool) -> list[GpuId]:
+        """All living GPUs, or those that stay."""
+        return self._allowed([*self.view.staying, *(self.view.doomed if doomed else ())])
 
     def _copy_estimate_s(self, transfers: tuple[Transfer, ...]) -> float:
         """How long the slowest destination waits for its weights."""

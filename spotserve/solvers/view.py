@@ -55,13 +55,10 @@ def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
 
 
 def instance_state(instance: InstanceView, problem: PlanningProblem) -> str:
-    """The recorded state of an instance, overruled by the trigger where that is later in its life."""
-    trigger = problem.trigger
-    if instance.id in trigger.instances and instance.state not in ("gone", "requested", "joining"):
-        if trigger.kind == "lost":
-            return "gone"
-        if trigger.kind == "notice":
-            return "doomed"
+    """The recorded state of an instance; a ready one is what the trigger says of it."""
+    hypothetical = {"lost": "gone", "notice": "doomed"}
+    if instance.state == "ready" and instance.id in problem.trigger.instances:
+        return hypothetical.get(problem.trigger.kind, instance.state)
     return instance.state
 
 

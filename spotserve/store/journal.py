@@ -91,9 +91,11 @@ class Journal:
                 connection.execute("BEGIN")
                 self.identity = _identity(path, connection)
                 self._clean_stop = _meta(path, connection, "clean_stop") == b"1"
-                self._first_sequence = _link(path, connection, "anchor").sequence + 1
+                anchor = _link(path, connection, "anchor")
                 snapshots = _snapshots(path, self._genesis(), connection)
             self._latest_snapshot = snapshots[-1] if snapshots else None
+            self._check_origin(anchor, snapshots)
+            self._first_sequence = anchor.sequence + 1
             self._tail = self._verify()
             if writable:
                 self._writer = Writer(path, vfs=vfs)
@@ -160,6 +162,7 @@ class Journal:
 
         Raises InvariantError when a sequence does not continue the journal; then nothing was appended.
         """
+        writer = self._required_writer()
         with self._lock:
             tail, rows, reopened = self._tail, [], self._clean_stop
             for record in records:
@@ -179,7 +182,7 @@ class Journal:
 
             self._tail, self._clean_stop = tail, False
             self._last_at_s = max([self._last_at_s, *(record.at_s for record in records)])
-            return self._required_writer().submit(work)
+            return writer.submit(work)
 
     def read(self, from_sequence: int | None = None) -> Iterator[JournalRecord]:
         """The durable entries from `from_sequence` (by default the first kept) to the last.
@@ -249,6 +252,14 @@ class Journal:
         if self._writer is not None:
             self._writer.close()
 
+    def _check_origin(self, anchor: _Link, snapshots: list[FoldSnapshot]) -> None:
+        """The chain begins with the identity, or where a snapshot that belongs to it stands."""
+        if anchor.sequence == self.identity.first_sequence - 1:
+            if anchor.checksum != self._genesis():
+                raise StateDirError(f"{self.path} is corrupt: its identity was changed", hint=_FRESH_HINT)
+        elif all(snapshot.sequence != anchor.sequence for snapshot in snapshots):
+            raise _corrupt(self.path, anchor.sequence, "was cut without a snapshot")
+
     def _verify(self) -> _Link:
         """Read the whole chain; returns its end."""
         last_at_s = self._latest_snapshot.at_s if self._latest_snapshot is not None else 0.0
@@ -304,8 +315,8 @@ def _corrupt(path: Path, sequence: int, what: str) -> StateDirError:
 
 
 def _reading(path: Path) -> apsw.Connection:
-    """A reading connection; an archived journal in a folder that cannot be written is read as it lies there."""
-    if os.access(path.parent, os.W_OK):
+    """A reading connection; a closed journal in a folder that cannot be written is read as it lies there."""
+    if os.access(path.parent, os.W_OK) or path.with_name(path.name + "-wal").exists():
         return open_database(path, read_only=True)
     flags = apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI
     return apsw.Connection(f"{path.resolve().as_uri()}?immutable=1", flags=flags)

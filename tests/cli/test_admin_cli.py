@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import io
 import json
+import queue
 import socket
 import threading
 from collections.abc import Iterator
@@ -12,11 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from spotserve import __version__
+from spotserve.api.fake import FakeAdministration, FakeFrontdoor
+from spotserve.api.server import build_app, serve
+from spotserve.api.validation import ModelInfo
 from spotserve.cli import admin_commands
-from spotserve.cli.client import daemon_url, error_classes
+from spotserve.cli.client import daemon_url
 from spotserve.cli.main import run_verb
+from spotserve.log import configure_logging
 
 STATUS = {
     "format_version": "0.1",
@@ -151,10 +160,9 @@ def test_status_of_an_empty_daemon(daemon: PaperDaemon, capsys: Capture) -> None
 @pytest.mark.parametrize(
     ("arguments", "call"),
     [
-        (["notice", "i2"], ("POST", "/admin/instances/i2/notice", {"grace_s": 30.0})),
-        (["notice", "i2", "--grace", "0"], ("POST", "/admin/instances/i2/notice", {"grace_s": 0.0})),
-        (["kill", "i2"], ("POST", "/admin/instances/i2/kill", {})),
-        (["kill", "../stop"], ("POST", "/admin/instances/..%2Fstop/kill", {})),
+        (["notice", "i2"], ("POST", "/admin/notice", {"instance": "i2", "grace_s": 30.0})),
+        (["notice", "i2", "--grace", "0"], ("POST", "/admin/notice", {"instance": "i2", "grace_s": 0.0})),
+        (["kill", "i2"], ("POST", "/admin/kill", {"instance": "i2"})),
         (["stop"], ("POST", "/admin/stop", {})),
     ],
 )
@@ -169,7 +177,7 @@ def test_silent_verbs(
 
 def test_add_instance_prints_the_id(daemon: PaperDaemon, capsys: Capture) -> None:
     """Tests that the new id alone is on stdout."""
-    daemon.answers["POST", "/admin/instances"] = (200, {"id": "i7"})
+    daemon.answers["POST", "/admin/add-instance"] = (200, {"instance": "i7"})
     assert 0 == run_verb(["add-instance"])
     assert "i7\n" == capsys.readouterr().out
 
@@ -204,16 +212,16 @@ def test_apply_refuses_what_is_no_plan(daemon: PaperDaemon, capsys: Capture, tmp
 @pytest.mark.parametrize(
     ("status", "answer", "code", "told"),
     [
-        (404, error("instance i9 is gone", "SPS-140", 1, "living: i0, i1"), 1, "error: instance i9 is gone\nhint: living: i0, i1\n"),
+        (404, error("i9 is gone", "SPS-140", 1, "living: i0"), 1, "error: i9 is gone\nhint: living: i0\n"),
         (409, error("stale plan", "SPS-170", 5), 5, "error: stale plan\n"),
         (409, error("nothing fits", "SPS-180", 4), 4, "error: nothing fits\n"),
         (400, error("new kind of error", "SPS-999", 2), 2, "error: new kind of error\n"),
         (403, {}, 1, "error: the daemon answered 403\n"),
     ],
-)  # fmt: skip
+)
 def test_daemon_errors(daemon: PaperDaemon, capsys: Capture, status: int, answer: object, code: int, told: str) -> None:
     """Tests that an error of the daemon is told in its own words, hint included, with its own exit code."""
-    daemon.answers["POST", "/admin/instances/i9/kill"] = (status, answer)
+    daemon.answers["POST", "/admin/kill"] = (status, answer)
     assert code == run_verb(["kill", "i9"])
     assert ("", told) == tuple(capsys.readouterr())
 
@@ -299,12 +307,59 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     assert "" == capsys.readouterr().out
 
 
-def test_error_codes_are_unique() -> None:
-    """Tests that a code names one class only: the client finds the class by it."""
-    codes: list[str] = []
-    open_classes = [error_classes()["SPS-000"]]
-    while open_classes:
-        kind = open_classes.pop()
-        codes.append(kind.code)
-        open_classes.extend(kind.__subclasses__())
-    assert sorted(set(codes)) == sorted(codes)
+@pytest.fixture
+def front_door(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeAdministration]:
+    """The real admin endpoints over a fake administration, behind an API key that SPOTSERVE_API_KEY holds."""
+    administration, started = FakeAdministration(), queue.Queue[str]()
+    configure_logging(stream=io.StringIO())
+    app = build_app(
+        FakeFrontdoor(lambda prompt, choice, position: 0),
+        administration,
+        None,
+        ModelInfo(name="paper", vocab_size=10, max_model_len=10),
+        api_key="sesame",
+    )
+    loop = asyncio.new_event_loop()
+    serving = loop.create_task(serve(app, "127.0.0.1", 0, started.put))
+
+    def run() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            loop.run_until_complete(serving)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    monkeypatch.setenv("SPOTSERVE_URL", started.get(timeout=30))
+    monkeypatch.setenv("SPOTSERVE_API_KEY", "sesame")
+    try:
+        yield administration
+    finally:
+        loop.call_soon_threadsafe(serving.cancel)
+        thread.join()
+        loop.close()
+        structlog.reset_defaults()
+
+
+def test_verbs_against_the_real_endpoints(front_door: FakeAdministration, capsys: Capture) -> None:
+    """Tests that every verb's path, body and answer are those of the daemon's own admin endpoints."""
+    verbs = (["notice", "i1", "--grace", "3"], ["kill", "i0"], ["add-instance"], ["status"], ["snapshot"], ["stop"])
+    assert [0] * len(verbs) == [run_verb(verb) for verb in verbs]
+    assert [("notice", "i1", 3.0), ("kill", "i0"), ("add_instance", "i4")] == front_door.calls
+    assert front_door.stopping
+    out = capsys.readouterr().out
+    assert out.startswith("i4\nserving  epoch 1  1x1x1 (DxPxM)")
+    assert '{"load_rps":0.0,"requests":[],"world":{' in out
+
+
+def test_errors_of_the_real_endpoints(
+    front_door: FakeAdministration, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Tests that an unknown instance exits 1 naming the living, a wrong plan 5, and a wrong key 1."""
+    plan = tmp_path / "plan.json"
+    plan.write_text("{}", encoding="utf-8")
+    assert (1, 5) == (run_verb(["kill", "i9"]), run_verb(["apply", str(plan)]))
+    monkeypatch.setenv("SPOTSERVE_API_KEY", "wrong")
+    assert 1 == run_verb(["status"])
+    told = capsys.readouterr().err
+    assert "error: instance i9 is unknown or gone\nhint: living: i0, i1, i2, i3\n" in told
+    assert "error: plan cannot be read at epoch: " in told
+    assert "error: the API key is missing or wrong\n" in told

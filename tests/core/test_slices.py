@@ -25,7 +25,9 @@ from spotserve.core.slices import (
 from spotserve.core.spec import Axis, ModelSpec, Parameter, Segment
 
 
-def tiny_model(*, num_layers: int = 5, q_heads: int = 8, kv_heads: int = 4, mlp: int = 179, vocab: int = 500) -> ModelSpec:
+def tiny_model(
+    *, num_layers: int = 5, q_heads: int = 8, kv_heads: int = 4, mlp: int = 179, vocab: int = 500
+) -> ModelSpec:
     """A hand-written table of a Llama-like model whose MLP width is no multiple of 16."""
     layer = "model.layers.{layer}."
     head_dim, hidden = 16, 64

@@ -12,16 +12,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spotserve.core.slices import (
-    kv_head_range,
-    layer_split,
-    shard_slices,
-    stage_shard,
-)
+from spotserve.core.slices import Shard, kv_head_range, layer_split, shard_slices, stage_shard
 from spotserve.core.spec import ModelSpec
 from spotserve.runtime.checkpoint import TORCH_DTYPES, Checkpoint
 from spotserve.runtime.kv_store import KvStore, SequenceKey
-from spotserve.runtime.linear import Exchange
 from spotserve.runtime.model_table import describe_model
 from spotserve.runtime.stage_model import BatchSequence, StageBatch, StageModel
 from spotserve.runtime.weights import WeightStore
@@ -42,7 +36,11 @@ def write_llama(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float
     """A random Llama in `folder`; the wide initialisation keeps greedy decoding from falling into a period."""
     config = LlamaConfig(**{**TINY, "initializer_range": 0.25, **changes})
     torch.manual_seed(seed)
-    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    module = LlamaForCausalLM(config).to(dtype)
+    for name, tensor in module.named_parameters():
+        if name.endswith("bias"):  # transformers makes them zero, which would test nothing
+            torch.nn.init.normal_(tensor, std=0.5)
+    module.save_pretrained(folder)
     return folder
 
 
@@ -78,6 +76,27 @@ class ExchangeHub:
         self.parts: list[Tensor] = [torch.empty(0)] * degree
 
 
+def loaded_weights(model: ModelSpec, checkpoint: Checkpoint, shard: Shard) -> WeightStore:
+    """A store that holds all of a shard."""
+    weights = WeightStore(model)
+    slices = shard_slices(model, shard)
+    weights.reserve(slices)
+    for piece in weights.missing(slices):
+        weights.write_range(piece.parameter, piece.dim, piece.start, piece.stop, checkpoint.read(piece))
+    return weights
+
+
+def empty_kv(model: ModelSpec, shard: Shard, *, num_blocks: int) -> KvStore:
+    """The KV store of a position."""
+    return KvStore(
+        num_blocks=num_blocks,
+        layers=shard.layers,
+        kv_heads=kv_head_range(model, tensor=shard.tensor, rank=shard.rank),
+        head_dim=model.head_dim,
+        dtype=TORCH_DTYPES[model.dtype],
+    )
+
+
 class LocalReplica:
     """P stages x M tensor ranks of one model in this process."""
 
@@ -89,49 +108,31 @@ class LocalReplica:
         pipeline: int = 1,
         tensor: int = 1,
         dtype: str | None = None,
-        deterministic: bool = True,
         num_blocks: int = 128,
+        **options: Any,
     ) -> None:
+        """`options` go to every StageModel."""
         self.model = describe_model(folder, dtype) if model is None else model
-        checkpoint = Checkpoint(folder, self.model)
         self.pool = ThreadPoolExecutor(tensor)
+        checkpoint = Checkpoint(folder, self.model)
         self.stages: list[list[StageModel]] = []
         for layers in layer_split(self.model.num_layers, pipeline):
             hub = ExchangeHub(tensor)
+            shards = [stage_shard(self.model, layers=layers, tensor=tensor, rank=rank) for rank in range(tensor)]
             self.stages.append(
                 [
-                    self._position(folder, checkpoint, layers, tensor, rank, hub, deterministic, num_blocks)
-                    for rank in range(tensor)
+                    StageModel(
+                        folder,
+                        self.model,
+                        shard,
+                        loaded_weights(self.model, checkpoint, shard),
+                        empty_kv(self.model, shard, num_blocks=num_blocks),
+                        exchange=MemoryExchange(hub, shard.rank) if tensor > 1 else None,
+                        **options,
+                    )
+                    for shard in shards
                 ]
             )
-
-    def _position(
-        self,
-        folder: Path,
-        checkpoint: Checkpoint,
-        layers: tuple[int, int],
-        tensor: int,
-        rank: int,
-        hub: ExchangeHub,
-        deterministic: bool,
-        num_blocks: int,
-    ) -> StageModel:
-        model = self.model
-        shard = stage_shard(model, layers=layers, tensor=tensor, rank=rank)
-        weights = WeightStore(model)
-        slices = shard_slices(model, shard)
-        weights.reserve(slices)
-        for piece in weights.missing(slices):
-            weights.write_range(piece.parameter, piece.dim, piece.start, piece.stop, checkpoint.read(piece))
-        kv = KvStore(
-            num_blocks=num_blocks,
-            layers=layers,
-            kv_heads=kv_head_range(model, tensor=tensor, rank=rank),
-            head_dim=model.head_dim,
-            dtype=TORCH_DTYPES[model.dtype],
-        )
-        exchange: Exchange | None = MemoryExchange(hub, rank) if tensor > 1 else None
-        return StageModel(folder, model, shard, weights, kv, exchange=exchange, deterministic=deterministic)
 
     def each_rank(self, ranks: list[StageModel], run: Callable[[StageModel], Tensor]) -> list[Tensor]:
         """Run something on every rank of a stage at the same time."""

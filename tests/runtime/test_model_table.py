@@ -105,6 +105,7 @@ def test_the_digest_follows_config_and_headers(folder: Path, tmp_path: Path) -> 
         ({"auto_map": {"AutoConfig": "code.Config"}}, "auto_map"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"vocab_size": 501}, "has shape \\(500, 64\\), config.json says \\(501, 64\\)"),
+        ({"model_type": "gpt2"}, "model_type gpt2 is not that of LlamaForCausalLM"),
         ({"num_hidden_layers": 5}, "no tensor model.layers.4"),
         ({"num_key_value_heads": 3}, "kv heads|not accepted"),
         (
@@ -123,10 +124,10 @@ def test_what_is_not_served_is_refused(folder: Path, tmp_path: Path, config: dic
 
 def test_a_folder_without_config_or_with_pickles_only(tmp_path: Path) -> None:
     """Tests the two folders people try by mistake."""
-    with pytest.raises(ModelError, match="has no config.json"):
+    with pytest.raises(ModelError, match=r"has no config\.json"):
         describe_model(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match="has no model.safetensors"):
+    with pytest.raises(ModelError, match=r"has no model\.safetensors"):
         describe_model(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ModelError, match="only pickled weights"):

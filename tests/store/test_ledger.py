@@ -290,6 +290,23 @@ def test_nothing_is_seen_before_the_commit(open_ledger: Callable[..., Ledger]) -
     assert (1, 2) == tokens(ledger, A)
 
 
+def test_a_watcher_learns_that_no_more_can_come(ledger: Ledger) -> None:
+    """Tests that a watcher of an open request ends with an error, after its tokens, when the ledger shuts down."""
+
+    async def scenario() -> ChoiceDelta:
+        watcher = ledger.watch(A)
+        await ledger.append(R1, 1, [run_of("a", 0, 1, 2)])
+        first = await anext(watcher)
+        following = asyncio.ensure_future(anext(watcher))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(ledger.shutdown)
+        with pytest.raises(StateDirError, match="is closed"):
+            await asyncio.wait_for(following, TIMEOUT_S)
+        return first
+
+    assert (1, 2) == asyncio.run(scenario()).token_ids
+
+
 def test_watch_of_an_unknown_request(ledger: Ledger) -> None:
     """Tests that watching an unknown request is refused at the call."""
     with pytest.raises(KeyError):

@@ -1,0 +1,142 @@
+"""The local cloud: instances are process groups on this machine, taken by SIGKILL.
+
+A pid is signalled only if its start time is the registered one, so a recycled pid is never hit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+
+from spotserve.core.ids import InstanceId
+from spotserve.log import get_logger
+
+START_TIME_TOLERANCE_S = 0.05
+REAP_TIMEOUT_S = 5.0
+_POLL_S = 0.01
+
+log = get_logger("cloud")
+
+
+class Forked(Protocol):
+    """What a launch returns: the first process of the group."""
+
+    @property
+    def pid(self) -> int:
+        """Its pid, which is the process group's id too."""
+
+    @property
+    def started_at(self) -> float:
+        """Its start time as the OS tells it."""
+
+
+class Launcher(Protocol):
+    """Forks an instance from a preloaded process."""
+
+    def fork(self, args: Sequence[str], *, log: Path, env: Mapping[str, str] | None = None) -> Forked:
+        """Run `spotserve worker ARGS` in a new process group."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalInstance:
+    """The process group of one instance."""
+
+    process_group: int
+    started_at: float
+
+
+class LocalCloud:
+    """Launches and kills local instances."""
+
+    def __init__(self, launcher: Launcher, *, log_folder: Path, worker_args: Sequence[str]) -> None:
+        self._launcher = launcher
+        self._log_folder = log_folder
+        self._worker_args = tuple(worker_args)
+        self._instances: dict[InstanceId, LocalInstance] = {}
+
+    def log_path(self, instance: InstanceId) -> Path:
+        """Where an instance's output goes."""
+        return self._log_folder / f"{instance}.log"
+
+    async def launch(self, instance: InstanceId) -> None:
+        """Fork the instance; it dials in when it is up."""
+        args = [*self._worker_args, "--instance", instance]
+        forked = await asyncio.to_thread(self._launcher.fork, args, log=self.log_path(instance))
+        self.adopt(instance, process_group=forked.pid, started_at=forked.started_at)
+        log.info("instance_launched", instance=instance, process_group=forked.pid)
+
+    def adopt(self, instance: InstanceId, *, process_group: int, started_at: float) -> None:
+        """Remember the process group of an instance that lives already."""
+        self._instances.setdefault(instance, LocalInstance(process_group, started_at))
+
+    def alive(self, instance: InstanceId) -> bool:
+        """Whether any process of the instance still runs."""
+        known = self._instances.get(instance)
+        return known is not None and bool(_members(known))
+
+    async def kill(self, instance: InstanceId) -> None:
+        """SIGKILL the whole group; returns when it is empty."""
+        known = self._instances.get(instance)
+        if known is None:
+            return
+        deadline_s = time.monotonic() + REAP_TIMEOUT_S
+        while _members(known) and time.monotonic() < deadline_s:
+            if not signal_group(known, signal.SIGKILL):
+                break
+            await asyncio.sleep(_POLL_S)
+        log.info("instance_killed", instance=instance, process_group=known.process_group)
+
+    async def wait_gone(self, instances: Sequence[InstanceId], *, timeout_s: float) -> None:
+        """Wait for instances that were told to exit; kill what is left at the time-out."""
+        deadline_s = time.monotonic() + timeout_s
+        while any(self.alive(name) for name in instances) and time.monotonic() < deadline_s:
+            await asyncio.sleep(_POLL_S)
+        for name in instances:
+            if self.alive(name):
+                await self.kill(name)
+
+    def last_lines(self, instance: InstanceId, count: int = 20) -> list[str]:
+        """The end of an instance's log."""
+        try:
+            text = self.log_path(instance).read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return []
+        return text.splitlines()[-count:]
+
+
+def signal_group(instance: LocalInstance, number: int) -> bool:
+    """Signal a process group if it is still the registered one. False when it is not there any more."""
+    if not _members(instance):
+        return False
+    try:
+        os.killpg(instance.process_group, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _members(instance: LocalInstance) -> list[psutil.Process]:
+    """Running processes of the group; none if its leader's pid now belongs to another process."""
+    try:
+        leader = psutil.Process(instance.process_group)
+        if abs(leader.create_time() - instance.started_at) > START_TIME_TOLERANCE_S:
+            return []
+    except psutil.NoSuchProcess:
+        # The leader is gone and reaped; siblings can only be of this group while it exists.
+        leader = None
+    members = []
+    for process in psutil.process_iter(["status"]):
+        try:
+            if os.getpgid(process.pid) == instance.process_group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                members.append(process)
+        except (ProcessLookupError, PermissionError):
+            continue
+    return members

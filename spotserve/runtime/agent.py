@@ -1,0 +1,519 @@
+"""The agent of one GPU: registers with the coordinator, executes its commands, runs a rank of a replica.
+
+Commands are executed once per id; a repeated id is answered with its first outcome. What is quick is done in order on
+one thread; copies, loads and joins have a thread each, so that decoding and other commands never wait for them. The
+agent outlives the coordinator: it goes on decoding, keeps what the ledger has not, and tells it to the next one.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import secrets
+import signal
+import threading
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from spotserve import __version__
+from spotserve.core.batching import DEFAULT_TOKEN_BUDGET, BatchLimits
+from spotserve.core.wire import (
+    AbortCommand,
+    ActivateCommand,
+    AdmitCommand,
+    CloseCommand,
+    Command,
+    CoordinatorMessage,
+    CopyKvCommand,
+    CopyKvDeltaCommand,
+    CopyWeightsCommand,
+    Durable,
+    GrantCommand,
+    JoinGroupCommand,
+    LoadWeightsCommand,
+    ProbeCommand,
+    QuiesceCommand,
+    Register,
+    ReleaseCommand,
+    Reply,
+    Resend,
+    ReserveCommand,
+    ResumeCommand,
+    SelfNotice,
+    Shutdown,
+    Welcome,
+)
+from spotserve.errors import InvariantError, SpotServeError, TransferError
+from spotserve.log import configure_logging, get_logger
+from spotserve.runtime.failpoints import Failpoint
+from spotserve.runtime.holdings import Holdings, Position
+from spotserve.runtime.instance import WorkerSettings
+from spotserve.runtime.kv_migration import KvFollower, Peer
+from spotserve.runtime.kv_store import KvStore
+from spotserve.runtime.link import Link, LinkCallbacks
+from spotserve.runtime.mesh import MeshListener, join
+from spotserve.runtime.ratelimit import RateLimiter
+from spotserve.runtime.replica_loop import Follower, Leader, QuiesceReport
+from spotserve.runtime.transfer import TransferClient, TransferServer
+from spotserve.runtime.transfer_source import LocalPeer, TransferSource
+from spotserve.runtime.weight_transfer import load_slices, pull_slices
+from spotserve.runtime.weights import WeightStore
+
+SELF_NOTICE_S = 30.0
+_MAX_OUTCOMES = 8192
+_PROBE_TIMEOUT_S = 2.0
+
+log = get_logger("agent")
+
+
+class LinkCap(RateLimiter):
+    """A rate limiter whose rate is learned later, from the welcome."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self._limiter = RateLimiter(None)
+
+    def set(self, bytes_per_s: float | None) -> None:
+        """Cap at this rate from now on."""
+        self._limiter = RateLimiter(bytes_per_s)
+
+    def acquire(self, num_bytes: int, is_cancelled: Callable[[], bool] = lambda: False) -> None:
+        """Wait until `num_bytes` more may pass."""
+        self._limiter.acquire(num_bytes, is_cancelled)
+
+
+class Outcomes:
+    """The outcome of each command that this process executed, or is executing."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._replies: OrderedDict[str, Reply | None] = OrderedDict()
+
+    def begin(self, command: str) -> tuple[bool, Reply | None]:
+        """(whether to execute it now, its outcome if it has one)."""
+        with self._lock:
+            if command in self._replies:
+                return False, self._replies[command]
+            self._replies[command] = None
+            return True, None
+
+    def finish(self, reply: Reply) -> None:
+        """Remember an outcome; the oldest ones are forgotten."""
+        with self._lock:
+            self._replies[reply.command] = reply
+            while len(self._replies) > _MAX_OUTCOMES:
+                self._replies.popitem(last=False)
+
+
+class Agent:
+    """One worker process."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+        self._incarnation = secrets.token_hex(16)
+        self._outcomes = Outcomes()
+        self._failpoint = Failpoint.from_environment()
+        self._upload, self._download = LinkCap(), LinkCap()
+        self._meshes = MeshListener(settings.host)
+        self._transfers = TransferServer(settings.host, self._upload)
+        self._source = TransferSource(weights=self._weights, kv=self._kv_of)
+        self._transfers.register(self._source.answer)
+        self._holdings: Holdings | None = None
+        self._followers: dict[tuple[int, str], KvFollower] = {}
+        self._followers_lock = threading.Lock()
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._notice = threading.Event()
+        self._ended = threading.Event()
+        self._exit_code = 0
+        self._link = Link(
+            coordinator=settings.coordinator,
+            secret=settings.read_secret(),
+            orphan_timeout_s=settings.orphan_timeout_s,
+            callbacks=LinkCallbacks(
+                register=self._register, welcomed=self._welcomed, received=self._received, ended=self._end
+            ),
+        )
+
+    def run(self) -> int:
+        """Work until the link ends for good; returns the exit code. Signals are handled here, in the main thread."""
+        threading.Thread(target=self._execute_in_order, name="commands", daemon=True).start()
+        self._link.start()
+        while not self._ended.wait():
+            pass
+        return self._exit_code
+
+    def take_notice(self) -> None:
+        """SIGTERM: the instance will be taken; go on working and say so."""
+        if not self._notice.is_set():
+            self._notice.set()
+            self._link.send(SelfNotice(grace_s=SELF_NOTICE_S))
+
+    # The link
+
+    def _register(self) -> Register:
+        process = psutil.Process()
+        settings = self._settings
+        return Register(
+            worker=settings.worker,
+            instance=settings.instance,
+            num_gpus=settings.num_gpus,
+            incarnation=self._incarnation,
+            pid=process.pid,
+            process_group=os.getpgid(0),
+            started_at=process.create_time(),
+            version=__version__,
+            memory_bytes=settings.gpu_memory_bytes,
+            device=settings.device,
+            mesh_address=self._meshes.address,
+            transfer_address=self._transfers.address,
+            roles=tuple(position.role() for position in self._positions()),
+        )
+
+    def _welcomed(self, welcome: Welcome) -> None:
+        if self._holdings is None:
+            self._holdings = Holdings(
+                welcome.spec,
+                folder=Path(welcome.model_path),
+                memory_bytes=self._settings.gpu_memory_bytes,
+                device=self._settings.device,
+            )
+        elif self._holdings.spec.model != welcome.spec.model:
+            self._end("the coordinator serves another model now", 1)
+            return
+        self._upload.set(welcome.link_bytes_per_s)
+        self._download.set(welcome.link_bytes_per_s)
+        log.info("welcomed", term=welcome.term, worker=self._settings.worker)
+        if self._notice.is_set():
+            self._link.send(SelfNotice(grace_s=SELF_NOTICE_S))
+        for position in self._positions():
+            broken = position.loop.report() if position.loop is not None else None
+            if broken is not None:
+                self._link.send(broken)
+            if position.leader is not None:
+                position.leader.resend()
+
+    def _received(self, message: CoordinatorMessage) -> None:
+        if isinstance(message, Command):
+            self._accept(message)
+            return
+        term = getattr(message, "term", 0)
+        if term < self._link.term:
+            log.warning("message_of_old_term", kind=message.kind, term=term)
+        elif isinstance(message, Durable):
+            for position in self._positions():
+                if position.leader is not None:
+                    position.leader.set_durable(message.positions)
+        elif isinstance(message, Resend):
+            for position in self._positions():
+                if position.leader is not None:
+                    position.leader.resend(message.positions)
+        elif isinstance(message, Shutdown):
+            self._end("told to by the coordinator", 0)
+
+    def _end(self, reason: str, exit_code: int) -> None:
+        log.info("worker_ends", worker=self._settings.worker, reason=reason)
+        self._exit_code = exit_code
+        self._ended.set()
+
+    # Commands
+
+    def _accept(self, command: Command) -> None:
+        if command.term < self._link.term:
+            error = f"term {command.term} is below {self._link.term}"
+            self._link.send(Reply(command=command.command, ok=False, error=error))
+            return
+        is_new, outcome = self._outcomes.begin(command.command)
+        if outcome is not None:
+            self._link.send(outcome)
+        elif is_new and isinstance(command, _SLOW):
+            threading.Thread(target=self._execute, args=(command,), name=_kind(command), daemon=True).start()
+        elif is_new:
+            self._commands.put(command)
+
+    def _execute_in_order(self) -> None:
+        while True:
+            self._execute(self._commands.get())
+
+    def _execute(self, command: Command) -> None:
+        self._failpoint.reach(f"{_kind(command)}:before")
+        try:
+            result = self._dispatch(command)
+        except SpotServeError as error:
+            self._fail(command, error.message)
+        except Exception as error:  # noqa: BLE001  # The command's edge: the coordinator must learn of any failure.
+            traceback.print_exc()
+            self._fail(command, f"{type(error).__name__}: {error}")
+        else:
+            if isinstance(result, Future):
+                result.add_done_callback(lambda done: self._answer_later(command, done))
+            else:
+                self._succeed(command, result)
+
+    def _answer_later(self, command: Command, done: Future[Any]) -> None:
+        error = done.exception()
+        if error is not None:
+            self._fail(command, error.message if isinstance(error, SpotServeError) else str(error))
+            return
+        report = done.result()
+        self._succeed(command, _quiesce_result(report) if isinstance(report, QuiesceReport) else {})
+
+    def _succeed(self, command: Command, result: dict[str, Any]) -> None:
+        self._failpoint.reach(f"{_kind(command)}:after")
+        self._reply(Reply(command=command.command, ok=True, result=result))
+
+    def _fail(self, command: Command, error: str) -> None:
+        log.warning("command_failed", kind=_kind(command), command=command.command, error=error)
+        self._reply(Reply(command=command.command, ok=False, error=error))
+
+    def _reply(self, reply: Reply) -> None:
+        self._outcomes.finish(reply)
+        self._link.send(reply)
+
+    def _dispatch(self, command: Command) -> dict[str, Any] | Future[Any]:
+        match command:
+            case ReserveCommand():
+                self._held().reserve(command)
+                return {}
+            case GrantCommand():
+                self._transfers.grant(command.grant, bytes.fromhex(command.secret), command.expires_s)
+                return {}
+            case CopyWeightsCommand():
+                return self._copy_weights(command)
+            case LoadWeightsCommand():
+                return {"bytes": load_slices(self._held(), command.slices)}
+            case CopyKvCommand():
+                return self._copy_kv(command)
+            case CopyKvDeltaCommand():
+                return self._copy_kv_delta(command)
+            case JoinGroupCommand():
+                return self._join_group(command)
+            case ActivateCommand():
+                return self._activate(command)
+            case ReleaseCommand():
+                return self._release(command)
+            case AbortCommand():
+                return self._abort(command)
+            case ProbeCommand():
+                return self._probe()
+            case QuiesceCommand():
+                return self._leader(command).quiesce()
+            case ResumeCommand():
+                return self._leader(command).resume()
+            case AdmitCommand():
+                return self._leader(command).admit(command.requests)
+            case CloseCommand():
+                return self._close(command)
+        raise InvariantError(f"command {_kind(command)} is not known")
+
+    # Copies
+
+    def _copy_weights(self, command: CopyWeightsCommand) -> dict[str, Any]:
+        peer = self._peer(command.source, command.source_address, command.grant, command.secret)
+        try:
+            return {"bytes": pull_slices(self._held(), peer, command.slices)}
+        finally:
+            peer.close()
+
+    def _copy_kv(self, command: CopyKvCommand) -> dict[str, Any]:
+        follower = self._follower(command)
+        follower.start()
+        follower.is_caught_up.wait()
+        if follower.error is not None:
+            raise TransferError(follower.error)
+        return {"bytes": follower.bytes_verified}
+
+    def _copy_kv_delta(self, command: CopyKvDeltaCommand) -> dict[str, Any]:
+        with self._followers_lock:
+            follower = self._followers.pop((command.epoch, command.follows), None)
+        if follower is None:  # `copy_kv` was skipped or its worker restarted: everything is delta.
+            follower = self._new_follower(command)
+        missing = follower.finish(command.manifest)
+        follower.close()
+        return {"bytes": follower.bytes_verified, "missing": [list(item) for item in missing]}
+
+    def _follower(self, command: CopyKvCommand) -> KvFollower:
+        with self._followers_lock:
+            old = self._followers.get((command.epoch, command.step))
+            if old is not None:
+                return old
+            follower = self._followers[(command.epoch, command.step)] = self._new_follower(command)
+            return follower
+
+    def _new_follower(self, command: CopyKvCommand | CopyKvDeltaCommand) -> KvFollower:
+        position = self._position(command.route.to_replica, command.target_generation)
+        return KvFollower(
+            peer=self._peer(command.source, command.source_address, command.grant, command.secret),
+            route=command.route,
+            source_generation=command.source_generation,
+            incoming=position.incoming,
+            is_local=command.source == self._settings.worker,
+        )
+
+    def _peer(self, source: str, address: str, grant: str, secret: str) -> Peer:
+        if source == self._settings.worker:
+            return LocalPeer(self._source)
+        return TransferClient(address, grant, bytes.fromhex(secret), self._download)
+
+    def _weights(self) -> WeightStore | None:
+        return None if self._holdings is None else self._holdings.weights
+
+    def _kv_of(self, replica: Any, generation: int) -> KvStore | None:
+        position = self._holdings.position(replica, generation) if self._holdings is not None else None
+        return None if position is None else position.kv
+
+    # Replicas
+
+    def _join_group(self, command: JoinGroupCommand) -> dict[str, Any]:
+        position = self._position(command.replica, command.generation)
+        if position.mesh is None:
+            place = position.place
+            mesh = join(
+                self._meshes,
+                f"{command.replica}.{command.generation}",
+                place.mesh_rank,
+                command.addresses,
+                bytes.fromhex(command.secret),
+                pipeline_degree=place.pipeline,
+                tensor_degree=place.tensor,
+                timeout_s=command.timeout_s,
+                cancelled=position.join_cancelled,
+            )
+            position.mesh = mesh
+            if position.join_cancelled.is_set():
+                mesh.close()
+        if self._held().is_complete(position):
+            self._held().build(position)  # Now, so that it is not done inside the stop.
+        return {}
+
+    def _activate(self, command: ActivateCommand) -> dict[str, Any]:
+        position = self._position(command.replica, command.generation)
+        if position.loop is not None:
+            return {}
+        held = self._held()
+        if position.mesh is None:
+            raise InvariantError(f"replica {command.replica} generation {command.generation} has joined no group")
+        missing = held.weights.missing(position.slices)
+        if missing:
+            raise InvariantError(f"{len(missing)} weight slices are missing, the first is {missing[0]}")
+        runner = held.build(position)
+        if position.place.is_leader:
+            leader = Leader(runner, self._limits(position), self._link.send)
+            # Before it starts, so that nothing is scheduled before the ranks took over what was copied in.
+            leader.admit(command.requests, is_exclusive=True)
+            position.loop = leader
+        else:
+            position.loop = Follower(runner, self._link.send)
+        position.loop.start()
+        return {}
+
+    def _limits(self, position: Position) -> BatchLimits:
+        return BatchLimits(
+            num_blocks=position.kv.num_blocks,
+            max_running=position.max_running,
+            max_in_flight=position.place.pipeline,
+            token_budget=max(DEFAULT_TOKEN_BUDGET, 2 * position.max_running),
+        )
+
+    def _release(self, command: ReleaseCommand) -> dict[str, Any]:
+        if self._holdings is not None:
+            self._holdings.release(command.replica, command.generation, keep_weights=command.keep_weights)
+        return {}
+
+    def _abort(self, command: AbortCommand) -> dict[str, Any]:
+        with self._followers_lock:
+            abandoned = [key for key in self._followers if key[0] == command.epoch]
+            followers = [self._followers.pop(key) for key in abandoned]
+        for follower in followers:
+            follower.abandon()
+        if self._holdings is not None:
+            self._holdings.abort(command.epoch)
+        return {}
+
+    def _close(self, command: CloseCommand) -> dict[str, Any] | Future[Any]:
+        position = self._holdings.position(command.replica, command.generation) if self._holdings is not None else None
+        if position is None or position.leader is None or position.leader.broken is not None:
+            return {}
+        return position.leader.close(command.request, command.choice)
+
+    def _probe(self) -> dict[str, Any]:
+        held = self._held()
+        positions = held.positions()
+        result: dict[str, Any] = {
+            "shards": [p.shard.model_dump() for p in positions if held.is_complete(p)],
+            "slices": [piece.model_dump() for piece in held.loose()],
+            "roles": [p.role().model_dump() for p in positions],
+            "memory_bytes": held.union_bytes([piece for p in positions for piece in p.slices])
+            + sum(p.kv.bytes for p in positions),
+            "positions": [],
+            "free_blocks": sum(p.kv.num_free for p in positions),
+            "iterations": 0,
+            "prefilled_tokens": 0,
+            "evictions": 0,
+        }
+        for position in positions:
+            if position.leader is None or position.leader.broken is not None:
+                continue
+            progress = position.leader.progress().result(_PROBE_TIMEOUT_S)
+            result["positions"] += [choice.model_dump() for choice in progress.positions]
+            result["iterations"] += progress.iterations
+            result["prefilled_tokens"] += progress.prefilled_tokens
+            result["evictions"] += progress.evictions
+        return result
+
+    # What is held
+
+    def _held(self) -> Holdings:
+        if self._holdings is None:
+            raise InvariantError("a command came before the welcome")
+        return self._holdings
+
+    def _positions(self) -> list[Position]:
+        return self._holdings.positions() if self._holdings is not None else []
+
+    def _position(self, replica: Any, generation: int) -> Position:
+        position = self._held().position(replica, generation)
+        if position is None:
+            raise TransferError(f"replica {replica} generation {generation} is not reserved here")
+        return position
+
+    def _leader(self, command: QuiesceCommand | ResumeCommand | AdmitCommand) -> Leader:
+        position = self._held().position(command.replica, command.generation)
+        if position is None or position.leader is None:
+            raise TransferError(f"replica {command.replica} generation {command.generation} is not led from here")
+        return position.leader
+
+
+_SLOW = (
+    CopyWeightsCommand,
+    LoadWeightsCommand,
+    CopyKvCommand,
+    CopyKvDeltaCommand,
+    JoinGroupCommand,
+    ReleaseCommand,
+    AbortCommand,
+    ProbeCommand,
+)
+
+
+def agent_main(settings: WorkerSettings) -> int:
+    """Run the agent of one GPU in this process, whose main thread this is."""
+    torch.set_num_threads(1)
+    configure_logging("json")
+    agent = Agent(settings)
+    signal.signal(signal.SIGTERM, lambda number, frame: agent.take_notice())
+    return agent.run()
+
+
+def _kind(command: Command) -> str:
+    return str(getattr(command, "kind", type(command).__name__))
+
+
+def _quiesce_result(report: QuiesceReport) -> dict[str, Any]:
+    return {"positions": [position.model_dump() for position in report.positions], "iterations": report.iterations}

@@ -1,0 +1,274 @@
+"""What a worker holds: its weight store, the positions of replica generations, and slices left over from aborted plans.
+
+The memory budget counts a weight range once, however many generations share it, as plans and their checker do.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Literal
+
+from spotserve.core.ids import ReplicaId
+from spotserve.core.slices import Shard, Slice, kv_head_range, parameter_of, row_bytes, shard_slices
+from spotserve.core.spec import KV_BLOCK_TOKENS, ServingSpec
+from spotserve.core.wire import ReserveCommand, RoleReport
+from spotserve.errors import ModelError, SpotServeError
+from spotserve.runtime.checkpoint import TORCH_DTYPES, Checkpoint
+from spotserve.runtime.kv_migration import IncomingKv
+from spotserve.runtime.kv_store import KvStore
+from spotserve.runtime.mesh import Mesh
+from spotserve.runtime.replica_loop import Follower, Leader, Place, StageRunner
+from spotserve.runtime.stage_model import StageModel
+from spotserve.runtime.weights import WeightStore
+
+PositionKey = tuple[ReplicaId, int]
+
+
+class OverMemoryError(SpotServeError):
+    """A position does not fit beside what the worker holds."""
+
+    code = "SPS-196"
+
+
+@dataclass(slots=True)
+class Position:
+    """One stage and rank of one replica generation on this worker."""
+
+    place: Place
+    epoch: int
+    shard: Shard
+    slices: tuple[Slice, ...]
+    max_running: int
+    kv: KvStore
+    incoming: IncomingKv
+    join_cancelled: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    mesh: Mesh | None = None
+    model: StageModel | None = None
+    loop: Leader | Follower | None = None
+
+    @property
+    def key(self) -> PositionKey:
+        """Replica and generation."""
+        return (self.place.replica, self.place.generation)
+
+    @property
+    def leader(self) -> Leader | None:
+        """The running leader, if this rank is it."""
+        return self.loop if isinstance(self.loop, Leader) else None
+
+    @property
+    def state(self) -> Literal["prepared", "serving", "quiesced", "broken"]:
+        """As `RoleReport` has it."""
+        if self.loop is None:
+            return "prepared"
+        if self.loop.broken is not None:
+            return "broken"
+        return "quiesced" if self.leader is not None and self.leader.is_quiesced else "serving"
+
+    def role(self) -> RoleReport:
+        """What a coordinator is told at registration."""
+        place = self.place
+        return RoleReport(
+            replica=place.replica,
+            generation=place.generation,
+            stage=place.stage,
+            rank=place.rank,
+            state=self.state,
+        )
+
+
+class Holdings:
+    """Everything on one worker's GPU. Thread-safe."""
+
+    def __init__(self, spec: ServingSpec, *, folder: Path, memory_bytes: int, device: str) -> None:
+        self.spec = spec
+        self.weights = WeightStore(spec.model, device=device)
+        self._folder = folder
+        self._memory_bytes = memory_bytes
+        self._device = device
+        self._lock = threading.RLock()
+        self._positions: dict[PositionKey, Position] = {}
+        self._loose: list[Slice] = []
+        self._checkpoint: Checkpoint | None = None
+
+    def position(self, replica: ReplicaId, generation: int) -> Position | None:
+        """The position held for a generation."""
+        with self._lock:
+            return self._positions.get((replica, generation))
+
+    def positions(self) -> list[Position]:
+        """All positions, sorted."""
+        with self._lock:
+            return [self._positions[key] for key in sorted(self._positions)]
+
+    def loose(self) -> tuple[Slice, ...]:
+        """Slices that belong to no position."""
+        with self._lock:
+            return tuple(self._loose)
+
+    def checkpoint(self) -> Checkpoint:
+        """The model folder, checked to be the one that the spec was made from.
+
+        Raises:
+            ModelError: it is another, or broken.
+        """
+        with self._lock:
+            if self._checkpoint is None:
+                checkpoint = Checkpoint(self._folder, self.spec.model)
+                if checkpoint.digest != self.spec.model.digest:
+                    served = self.spec.model.digest
+                    raise ModelError(f"model folder {self._folder} has digest {checkpoint.digest}, {served} is served")
+                self._checkpoint = checkpoint
+            return self._checkpoint
+
+    def reserve(self, command: ReserveCommand) -> None:
+        """Take a position's memory; a repeat changes nothing.
+
+        Raises:
+            OverMemoryError: weights and pools would exceed the budget; nothing was taken.
+        """
+        model = self.spec.model
+        key = (command.replica, command.generation)
+        with self._lock:
+            if key in self._positions:
+                return
+            slices = shard_slices(model, command.shard)
+            self._check_budget(command, slices)
+            self.weights.reserve(slices)
+            kv = KvStore(
+                num_blocks=command.kv_blocks,
+                layers=command.shard.layers,
+                kv_heads=kv_head_range(model, tensor=command.shard.tensor, rank=command.shard.rank),
+                head_dim=model.head_dim,
+                dtype=TORCH_DTYPES[model.dtype],
+                device=self._device,
+            )
+            place = Place(
+                replica=command.replica,
+                generation=command.generation,
+                stage=command.stage,
+                rank=command.rank,
+                pipeline=command.pipeline,
+                tensor=command.tensor,
+            )
+            self._positions[key] = Position(
+                place=place,
+                epoch=command.epoch,
+                shard=command.shard,
+                slices=slices,
+                max_running=command.max_running,
+                kv=kv,
+                incoming=IncomingKv(kv),
+            )
+
+    def build(self, position: Position) -> StageRunner:
+        """The stage over the position's weights and mesh; both must be complete."""
+        assert position.mesh is not None
+        with position.lock:
+            if position.model is None:
+                position.model = StageModel(
+                    self._folder,
+                    self.spec.model,
+                    position.shard,
+                    self.weights,
+                    position.kv,
+                    exchange=position.mesh if position.place.tensor > 1 else None,
+                    deterministic=self.spec.deterministic,
+                    device=self._device,
+                )
+            return StageRunner(position.place, position.model, position.mesh, position.incoming)
+
+    def is_complete(self, position: Position) -> bool:
+        """Whether all weights of the position are written."""
+        return not self.weights.missing(position.slices)
+
+    def release(self, replica: ReplicaId, generation: int, *, keep_weights: bool = False) -> None:
+        """Free a position; slices left over from aborted plans go too, as what they were kept for is decided now.
+
+        With `keep_weights` (the replica was lost) its written slices become such leftovers instead.
+        """
+        position = self._take(replica, generation)
+        if position is None:
+            return
+        _end(position)
+        if keep_weights:
+            self._loosen(position)
+            return
+        self.weights.release(position.slices)
+        self._drop_loose()
+
+    def abort(self, epoch: int) -> None:
+        """Forget positions prepared for an epoch; their written slices stay as holdings."""
+        for position in self.positions():
+            if position.epoch != epoch or position.loop is not None:
+                continue
+            self._take(*position.key)
+            position.join_cancelled.set()
+            _end(position)
+            self._loosen(position)
+
+    def _loosen(self, position: Position) -> None:
+        """Keep what is written of a position's weights as slices that belong to none."""
+        with self._lock:
+            written = [piece for piece in position.slices if not self.weights.missing([piece])]
+            kept = set(written)
+            self.weights.release([piece for piece in position.slices if piece not in kept])
+            self._loose += written
+
+    def _take(self, replica: ReplicaId, generation: int) -> Position | None:
+        with self._lock:
+            return self._positions.pop((replica, generation), None)
+
+    def _drop_loose(self) -> None:
+        with self._lock:
+            self.weights.release(self._loose)
+            self._loose = []
+
+    def _check_budget(self, command: ReserveCommand, slices: Sequence[Slice]) -> None:
+        pools = sum(position.kv.bytes for position in self._positions.values()) + self._pool_bytes(command)
+        held = [piece for position in self._positions.values() for piece in position.slices]
+        if pools + self.union_bytes([*held, *slices, *self._loose]) > self._memory_bytes and self._loose:
+            self._drop_loose()
+        needed = pools + self.union_bytes([*held, *slices])
+        if needed > self._memory_bytes:
+            raise OverMemoryError(f"over_memory: {needed} bytes needed, the budget is {self._memory_bytes}")
+
+    def _pool_bytes(self, command: ReserveCommand) -> int:
+        model = self.spec.model
+        first, last = kv_head_range(model, tensor=command.shard.tensor, rank=command.shard.rank)
+        num_layers = command.shard.layers[1] - command.shard.layers[0]
+        extents = (num_layers, 2, last - first, command.kv_blocks, KV_BLOCK_TOKENS, model.head_dim)
+        return prod(extents) * model.element_bytes
+
+    def union_bytes(self, slices: Iterable[Slice]) -> int:
+        """Bytes of the slices, what several cover counted once."""
+        ranges: dict[tuple[str, int], list[tuple[int, int]]] = {}
+        for piece in slices:
+            ranges.setdefault((piece.parameter, piece.dim), []).append((piece.start, piece.stop))
+        model = self.spec.model
+        return sum(
+            _union_length(runs) * row_bytes(model, parameter_of(model, parameter))
+            for (parameter, _), runs in ranges.items()
+        )
+
+
+def _end(position: Position) -> None:
+    position.join_cancelled.set()
+    if position.loop is not None:
+        position.loop.stop()
+    if position.mesh is not None:
+        position.mesh.close()
+
+
+def _union_length(runs: Iterable[tuple[int, int]]) -> int:
+    total = 0
+    reach = 0
+    for start, stop in sorted(runs):
+        total += max(0, stop - max(start, reach))
+        reach = max(reach, stop)
+    return total
