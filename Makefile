@@ -4,12 +4,14 @@
 #   TORCH_INDEX  package index for torch, such as PyTorch's CPU index; empty: the default index
 #   PORT         port of `make run`; empty: the configured one
 #   ARGS         further arguments of `make run`
+#   JOBS         test processes of `make quick`
 #   PYTEST_ARGS  further arguments of every pytest run
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 PORT ?=
 ARGS ?=
+JOBS ?= 2
 PYTEST_ARGS ?=
 
 # One thread per torch process: bit-equal sums, and no oversubscription with several workers on one machine.
@@ -66,7 +68,7 @@ check: $(STAMP)
 quick: $(STAMP)
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory types
-	$(PYTEST) -q -m "not e2e and not slow" $(PYTEST_ARGS)
+	$(PYTEST) -q -m "not e2e and not slow" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 docs: $(STAMP)
 	$(BIN)/python docs/draw_lifecycles.py

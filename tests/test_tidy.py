@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,11 @@ def text_files() -> list[Path]:
     nested = [path for root in roots for path in sorted(root.rglob("*")) if path.is_file()]
     top = [path for path in sorted(CHECKOUT.iterdir()) if path.is_file()]
     return [path for path in nested + top if path.suffix in TEXT_SUFFIXES and "__pycache__" not in path.parts]
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
 def where(path: Path, line: int) -> str:
@@ -75,11 +81,7 @@ def only_passes(body: list[ast.stmt]) -> bool:
 
 def test_nothing_executes_data_or_swallows_errors() -> None:
     """Tests that no module unpickles, evaluates, trusts remote code or hides an exception."""
-    found = [
-        f"{where(path, line)} {what}"
-        for path in code_files()
-        for line, what in findings(ast.parse(path.read_text(encoding="utf-8"), str(path)))
-    ]
+    found = [f"{where(path, line)} {what}" for path in code_files() for line, what in findings(tree_of(path))]
     assert [] == found
 
 
@@ -117,7 +119,7 @@ def test_nothing_is_left_unfinished() -> None:
 
 def test_modules_say_what_they_are() -> None:
     """Tests that every module with code begins with a docstring."""
-    trees = {path: ast.parse(path.read_text(encoding="utf-8"), str(path)) for path in code_files()}
+    trees = {path: tree_of(path) for path in code_files()}
     assert [] == [where(path, 1) for path, tree in trees.items() if tree.body and ast.get_docstring(tree) is None]
 
 

@@ -62,7 +62,7 @@ class AdminEndpoints:
 
     async def apply(self, request: Request) -> Response:
         """POST /admin/apply with a plan: runs it; answers at released or aborted."""
-        plan = _read_plan(await request.body())
+        plan = await asyncio.to_thread(_read_plan, await request.body())
         return JSONResponse(await asyncio.shield(self._administration.apply(plan)))
 
 

@@ -1,17 +1,19 @@
 """A model's chat template, rendered in a process that is killed when it takes too long.
 
-The process (`template_process.py`) is started at the first chat and kept; one rendering runs at a time.
+The process (`template_process.py`) is started at the first chat and kept. One rendering runs at a time, in a thread
+that does nothing else, so that a slow template delays only other chats.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import select
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,26 +47,32 @@ class ChatTemplate:
         self._source = source
         self._special_tokens = dict(special_tokens or {})
         self._timeout_s = timeout_s
-        self._lock = threading.Lock()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chat-template")
         self._process: subprocess.Popen[bytes] | None = None
 
+    async def render_soon(self, messages: list[dict[str, Any]]) -> str:
+        """`render` for a running loop."""
+        return await asyncio.wrap_future(self._thread.submit(self._render, messages))
+
     def render(self, messages: list[dict[str, Any]]) -> str:
-        """The prompt text of these messages, generation prompt included. Blocks: call it from a thread.
+        """The prompt text of these messages, generation prompt included.
 
         Raises:
             RequestError: The template refuses the messages, takes too long or writes too much.
         """
-        with self._lock:
-            process = self._process or self._start()
-            answer = self._ask(process, {"messages": messages}, self._timeout_s)
+        return self._thread.submit(self._render, messages).result()
+
+    def close(self) -> None:
+        """End the process and its thread; nothing is rendered afterwards."""
+        self._thread.submit(self._kill).result()
+        self._thread.shutdown()
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        process = self._process or self._start()
+        answer = self._ask(process, {"messages": messages}, self._timeout_s)
         if "text" not in answer:
             raise RequestError(f"the chat template refuses: {answer['error']}", parameter="messages")
         return str(answer["text"])
-
-    def close(self) -> None:
-        """End the process."""
-        with self._lock:
-            self._kill()
 
     def _start(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(

@@ -42,6 +42,8 @@ from spotserve.errors import InvariantError, RequestError
 
 Kind = Literal["completion", "chat"]
 
+_LARGE_BODY_BYTES = 128 << 10
+"""Bodies from here on are parsed in a thread, so that they do not hold up everybody's tokens."""
 _CLIENT_CLOSED_REQUEST = 499
 """The status in our own log for a client that went away before its answer; nobody receives it."""
 
@@ -60,7 +62,7 @@ class GenerationEndpoints:
 
     async def completions(self, request: Request) -> Response:
         """POST /v1/completions."""
-        fields = Fields(read_json_object(await request.body()))
+        fields = await _read_fields(request)
         read_model(fields, self._model)
         wishes = read_wishes(fields, self._model, has_text=self._codec is not None)
         prompts = [await self._encode(prompt) for prompt in read_prompts(fields, self._model)]
@@ -68,14 +70,14 @@ class GenerationEndpoints:
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
-        fields = Fields(read_json_object(await request.body()))
+        fields = await _read_fields(request)
         read_model(fields, self._model)
         wishes = read_wishes(fields, self._model, has_text=self._codec is not None)
         messages = read_messages(fields)
         if self._codec is None or self._codec.template is None:
             raise RequestError("this model has no chat template", parameter="messages", hint="use /v1/completions")
         self._check_text_size(sum(len(message["content"].encode()) for message in messages))
-        text = await asyncio.to_thread(self._codec.template.render, messages)
+        text = await self._codec.template.render_soon(messages)
         self._check_text_size(len(text.encode()))
         prompt = await asyncio.to_thread(self._codec.encode, text, add_special_tokens=False)
         if not prompt:
@@ -174,6 +176,13 @@ class GenerationEndpoints:
             await self._frontdoor.cancel(new.request)
 
 
+async def _read_fields(request: Request) -> Fields:
+    data = await request.body()
+    if len(data) < _LARGE_BODY_BYTES:
+        return Fields(read_json_object(data))
+    return Fields(await asyncio.to_thread(read_json_object, data))
+
+
 @dataclass(slots=True)
 class _Choice:
     """One choice of an answer as far as it has come."""
@@ -220,7 +229,8 @@ class Answer:
     def take(self, indexed: IndexedDelta) -> str:
         """Add a delta; returns the text that becomes visible with it."""
         choice, delta = self._choices[indexed.index], indexed.delta
-        if delta.position != len(choice.token_ids) or choice.finish_reason is not None:
+        gap = bool(delta.token_ids) and delta.position != len(choice.token_ids)
+        if gap or choice.finish_reason is not None:
             raise InvariantError(
                 f"choice {indexed.index} got position {delta.position} after {len(choice.token_ids)} tokens"
             )

@@ -17,6 +17,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from spotserve.api.admin import is_loopback
 from spotserve.api.errors import error_body
 
 _LINGER_S = 2.0
@@ -30,6 +31,8 @@ class ReceiptBounds:
     header_bytes: int = 32 << 10
     num_headers: int = 100
     body_bytes: int = 4 << 20
+    plan_bytes: int = 64 << 20
+    """Bound of a plan file, which a local program hands to `/admin/apply`."""
     header_deadline_s: float = 10.0
     body_deadline_s: float = 30.0
 
@@ -50,6 +53,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._receiving_headers = True
         self._header_bytes = 0
         self._body_bytes = 0
+        self._body_bound_bytes = self.bounds.body_bytes
         self._refused = False
         self._deadline: asyncio.TimerHandle | None = None
 
@@ -96,8 +100,9 @@ class BoundedProtocol(HttpToolsProtocol):
         if size > self.bounds.header_bytes or len(self.headers) > self.bounds.num_headers:
             self._refuse_headers()
             return
+        self._body_bound_bytes = self.bounds.plan_bytes if self._brings_plan() else self.bounds.body_bytes
         length = next((value for name, value in self.headers if name == b"content-length"), b"0")
-        if int(length) > self.bounds.body_bytes:
+        if int(length) > self._body_bound_bytes:
             self._refuse_body()
             return
         self._body_bytes = 0
@@ -108,7 +113,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._refused:
             return
         self._body_bytes += len(body)
-        if self._body_bytes > self.bounds.body_bytes:
+        if self._body_bytes > self._body_bound_bytes:
             self._refuse_body()
             return
         super().on_body(body)
@@ -126,6 +131,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._refuse(400, "the bytes received are not an HTTP request", "invalid_http")
 
     # Deadlines and refusals
+
+    def _brings_plan(self) -> bool:
+        return bytes(self.url) == b"/admin/apply" and self.client is not None and is_loopback(self.client[0])
 
     def _answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
@@ -149,7 +157,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._refuse(431, message, "headers_too_large")
 
     def _refuse_body(self) -> None:
-        self._refuse(413, f"the body exceeds {self.bounds.body_bytes} bytes", "body_too_large")
+        self._refuse(413, f"the body exceeds {self._body_bound_bytes} bytes", "body_too_large")
 
     def _refuse(self, status: int, message: str, reason: str) -> None:
         """Answer once, unless an answer is already under way, and close; what still arrives is dropped."""

@@ -163,13 +163,14 @@ class EventStreamResponse(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async with watch_disconnect(receive) as gone, self._feed as feed:
             await send(_body(self._source.opening()))
+            clock = asyncio.get_running_loop().time
+            silent_until_s = clock() + self._keep_alive_s
             while not feed.exhausted and not gone.done():
-                deltas = await feed.next_deltas(gone, self._keep_alive_s)
+                deltas = await feed.next_deltas(gone, max(0.0, silent_until_s - clock()))
                 data = b"".join(self._source.events(indexed) for indexed in deltas)
-                if not deltas and not feed.exhausted:
-                    data = _KEEP_ALIVE
-                if data:
-                    await send(_body(data))
+                if data or clock() >= silent_until_s:
+                    await send(_body(data or _KEEP_ALIVE))
+                    silent_until_s = clock() + self._keep_alive_s
             if self._source.complete:
                 await send(_body(self._source.closing() + DONE, more=False))
             elif gone.done() and self._on_disconnect is not None:

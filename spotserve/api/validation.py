@@ -130,7 +130,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise RequestError(f"the key {_shown(key)} is given twice", parameter=key[:64])
+                raise RequestError(f"the key {_shown(key)} is given twice")
             seen.add(key)
     return value
 

@@ -45,7 +45,10 @@ def notice(
     grace: Annotated[str, typer.Option(metavar="S", help="Seconds until it is taken.")] = "30",
     url: Url = None,
 ) -> None:
-    """Tell the daemon that an instance will be preempted; at the deadline it is killed."""
+    """Give an instance its preemption notice.
+
+    At the deadline it is killed, finished or not; a second notice can only shorten it.
+    """
     grace_s = seconds(0)(grace, Origin("--grace"))
     client_for(url).post("/admin/notice", {"instance": instance_id(instance), "grace_s": grace_s})
 
@@ -64,7 +67,10 @@ def snapshot(
     spec: Annotated[bool, typer.Option("--spec", help="Print the serving spec instead of the snapshot.")] = False,
     url: Url = None,
 ) -> None:
-    """Print the daemon's snapshot (or its spec) as `spotserve plan` reads it."""
+    """Print the daemon's snapshot, or its spec.
+
+    As `spotserve plan --snapshot F --spec F` reads them.
+    """
     answer = client_for(url).get("/admin/snapshot")
     typer.echo(canonical_json(answer["spec" if spec else "snapshot"]), nl=False)
 
@@ -73,7 +79,10 @@ def apply(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A plan, as spotserve plan --out writes it.")],
     url: Url = None,
 ) -> None:
-    """Run a plan on the daemon; returns when it is released or aborted."""
+    """Run a plan on the daemon.
+
+    Returns when it is released (exit 0) or aborted (1); a stale plan is refused (5).
+    """
     answer = client_for(url).post("/admin/apply", read_plan(file), timeout_s=None)
     typer.echo(canonical_json(answer), nl=False)
     if answer.get("outcome") == "aborted":
@@ -81,7 +90,10 @@ def apply(
 
 
 def stop(url: Url = None) -> None:
-    """Stop the daemon: admit nothing new, finish within its --drain, exit."""
+    """Stop the daemon within its --drain.
+
+    It admits nothing new and finishes what it can; the rest goes on at the next start.
+    """
     client_for(url).post("/admin/stop")
 
 

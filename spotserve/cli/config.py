@@ -22,7 +22,9 @@ from spotserve.core.spec import DType
 from spotserve.errors import SpecError
 
 ENVIRONMENT_PREFIX = "SPOTSERVE_"
-OTHER_VARIABLES = frozenset({"URL", "CONFIG", "FORKSERVER", "SHARED", "REQUIRE_DATA"})
+OTHER_VARIABLES = frozenset(
+    {"URL", "CONFIG", "FORKSERVER", "PROFILE_CACHE", "LINK_BYTES_PER_S", "FAILPOINT", "SHARED", "REQUIRE_DATA"}
+)
 """`SPOTSERVE_*` variables that are no settings of the daemon."""
 
 MAX_DEGREE = 1024

@@ -6,8 +6,6 @@ code comes from the error's class (contracts section 5). Nothing here imports to
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -15,8 +13,29 @@ from typing import Annotated
 import typer
 
 from spotserve import __version__
-from spotserve.cli import admin_commands, profile_command, run_command, worker_command
+from spotserve.cli import (
+    admin_commands,
+    diff_command,
+    plan_command,
+    profile_command,
+    run_command,
+    show_command,
+    verify_command,
+    worker_command,
+)
 from spotserve.errors import SpotServeError
+
+VERBS = (
+    run_command,
+    admin_commands,
+    plan_command,
+    show_command,
+    diff_command,
+    verify_command,
+    profile_command,
+    worker_command,
+)
+"""In the order in which help lists them."""
 
 INTERRUPTED = 130
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
@@ -58,11 +77,8 @@ def build() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(about)
-    for module in (run_command, admin_commands, worker_command, profile_command):
+    for module in VERBS:
         module.register(app)
-    for name in ("plan_command", "show_command", "verify_command", "diff_command"):
-        if importlib.util.find_spec(f"spotserve.cli.{name}") is not None:
-            importlib.import_module(f"spotserve.cli.{name}").register(app)
     return app
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -95,8 +95,8 @@ def happening_of(*, lose: str | None, join: str | None, load: str | None, grace:
         raise SpecError(f"--lose {lose} names no instance", hint="write --lose i3 or --lose i3,i5")
     if grace is not None and not names:
         raise SpecError(f"--grace {grace} has no meaning without --lose")
-    grace_s = None if grace is None else float(seconds(0)(grace, Origin("--grace")))  # type: ignore[arg-type]
-    count = None if join is None else int(integer(1, 1024)(join, Origin("--join")))  # type: ignore[call-overload]
+    grace_s = None if grace is None else cast("float", seconds(0)(grace, Origin("--grace")))
+    count = None if join is None else cast("int", integer(1, 1024)(join, Origin("--join")))
     return Happening(names, count, None if load is None else load_rps(load), grace_s)
 
 
@@ -135,7 +135,7 @@ def overridden(spec: ServingSpec, *, policy: str | None, solvers: list[str] | No
         update["policy"] = policy
     if solvers:
         chosen = parse_solvers(solvers, Origin("--solver"))
-        update["solvers"] = {**spec.solvers, **chosen}  # type: ignore[dict-item]
+        update["solvers"] = {**spec.solvers, **chosen}
     return spec.model_copy(update=update)
 
 
@@ -148,6 +148,8 @@ def problem_of(spec: ServingSpec, snapshot: Snapshot, trigger: Trigger | None, h
         snapshot, joined = with_joined(snapshot, happening.join)
     if happening.lose:
         trigger = losing(snapshot, happening)
+        if trigger.kind == "lost":
+            snapshot = without_doomed(snapshot, happening.lose)
     elif joined:
         trigger = Trigger(kind="joined", instances=joined)
     elif trigger is None:
@@ -166,6 +168,15 @@ def losing(snapshot: Snapshot, happening: Happening) -> Trigger:
     if grace_s == 0:
         return Trigger(kind="lost", instances=names)
     return Trigger(kind="notice", instances=names, remaining_s=grace_s)
+
+
+def without_doomed(snapshot: Snapshot, names: tuple[InstanceId, ...]) -> Snapshot:
+    """The snapshot in which those of `names` that are under notice already are gone: no grace is left to them."""
+    instances = tuple(
+        one.model_copy(update={"state": "gone"}) if one.id in names and one.state == "doomed" else one
+        for one in snapshot.world.instances
+    )
+    return snapshot.model_copy(update={"world": snapshot.world.model_copy(update={"instances": instances})})
 
 
 def with_joined(snapshot: Snapshot, count: int) -> tuple[Snapshot, tuple[InstanceId, ...]]:

@@ -9,7 +9,7 @@ from typing import Annotated, get_args
 import typer
 
 from spotserve.cli.admin_commands import Format, Json, table, wanted_format
-from spotserve.cli.config import Origin, choice, state_dir_of
+from spotserve.cli.config import Origin, choice, run_options
 from spotserve.core.canonical import canonical_json
 from spotserve.core.options import Device
 from spotserve.core.spec import DType, Profile
@@ -30,17 +30,20 @@ def profile(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write the JSON there.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Measure even if this model has been measured here.")] = False,
+    state_dir: Annotated[
+        Path | None, typer.Option(metavar="D", help="Keep the result for the daemon of this state dir.")
+    ] = None,
     output: Format = "table",
     as_json: Json = False,
 ) -> None:
-    """Measure layer times, link rate and storage rate of MODEL on this machine."""
+    """Measure MODEL on this machine: layer times, link rate, storage rate."""
     wanted = wanted_format(output, as_json)
     choice(get_args(Device))(device, Origin("--device"))
     if dtype is not None:
         choice(get_args(DType))(dtype, Origin("--dtype"))
     if not model.is_dir():
         raise ModelError(f"MODEL {model} is not a folder", hint="give a folder with config.json and safetensors")
-    measured = profile_of(model, device=device, dtype=dtype, cache=default_cache(), again=again)
+    measured = profile_of(model, device=device, dtype=dtype, cache=cache_of(state_dir), again=again)
     if out is not None:
         try:
             write_whole(out, canonical_json(measured))
@@ -50,9 +53,14 @@ def profile(
         typer.echo(canonical_json(measured) if wanted == "json" else profile_text(measured), nl=False)
 
 
-def default_cache() -> Path:
-    """Where measured profiles are kept, whatever the daemon's port."""
-    return state_dir_of(0, os.environ).parent / "profiles"
+def cache_of(state_dir: Path | None) -> Path:
+    """Where the daemon looks for measured profiles: its state dir, unless SPOTSERVE_PROFILE_CACHE names a place."""
+    if os.environ.get("SPOTSERVE_PROFILE_CACHE"):
+        return Path(os.environ["SPOTSERVE_PROFILE_CACHE"])
+    if state_dir is None:
+        state_dir = Path(run_options({}, environment=os.environ, config_file=None).state_dir)
+    state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return state_dir / "profiles"
 
 
 def profile_text(measured: Profile) -> str:

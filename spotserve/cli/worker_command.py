@@ -39,7 +39,10 @@ def worker(
     host: Annotated[str, typer.Option(metavar="HOST", help="Where peers reach this instance.")] = "127.0.0.1",
     orphan_timeout: Annotated[str, typer.Option(metavar="S", help="Seconds to outlive the daemon.")] = "60",
 ) -> None:
-    """Be one instance: K GPU processes that serve a daemon until it lets them go. SIGTERM is a 30 s notice."""
+    """Be one instance of a daemon.
+
+    K GPU processes serve it until it lets them go; SIGTERM is a 30 s notice.
+    """
     arguments = worker_arguments(
         coordinator=coordinator,
         secret_file=secret_file,

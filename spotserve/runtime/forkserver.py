@@ -84,6 +84,7 @@ class ForkServer:
                     self._handle(key.fileobj)
                 self._reap()
         finally:
+            signal.set_wakeup_fd(-1)
             with contextlib.suppress(FileNotFoundError):
                 self._path.unlink()
 

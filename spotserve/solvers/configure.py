@@ -19,6 +19,7 @@ from spotserve.core.cost import (
     kv_blocks_within,
     least_kv_blocks,
     least_position_bytes,
+    migration_reserve_bytes,
     most_kv_blocks,
     replica_shards,
     request_ms,
@@ -104,6 +105,11 @@ def _rows_of_shape(
 ) -> list[Candidate]:
     shards = replica_shards(spec.model, pipeline=pipeline, tensor=tensor)
     needs = max(least_position_bytes(spec.model, spec.limits, shard) for shard in shards)
+    reserves = [migration_reserve_bytes(spec.model, spec.limits, shard) for shard in shards]
+    roomy = max(
+        least_position_bytes(spec.model, spec.limits, shard) + reserve
+        for shard, reserve in zip(shards, reserves, strict=True)
+    )
     weights = [shard_bytes(spec.model, shard) for shard in shards]
     running_gpus = sum(len(replica.gpus) for replica in intact)
     same_shape = [replica for replica in intact if (replica.pipeline, replica.tensor) == (pipeline, tensor)]
@@ -112,12 +118,10 @@ def _rows_of_shape(
         budget = largest_first[data * len(shards) - 1]
         if needs > budget:
             break
-        headroom = spec.limits.migration_headroom_bytes
-        keeps_headroom = needs + headroom <= budget
-        spare = headroom if keeps_headroom else 0
+        keeps_headroom = roomy <= budget
         blocks = min(
-            kv_blocks_within(spec.model, spec.limits, shard, budget - held - spare)
-            for shard, held in zip(shards, weights, strict=True)
+            kv_blocks_within(spec.model, spec.limits, shard, budget - held - (reserve if keeps_headroom else 0))
+            for shard, held, reserve in zip(shards, weights, reserves, strict=True)
         )
         blocks = max(least_kv_blocks(spec.limits), min(blocks, most_kv_blocks(spec.limits)))
         kept_gpus = min(data, len(same_shape)) * len(shards)

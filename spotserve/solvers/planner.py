@@ -21,6 +21,7 @@ from spotserve.core.cost import (
     Workload,
     kv_blocks_within,
     least_kv_blocks,
+    migration_reserve_bytes,
     most_kv_blocks,
     replica_shards,
     running_bound,
@@ -493,7 +494,8 @@ class Planner:
         for index, gpu in enumerate(replica.gpus):
             shard = shard_at(self.problem.spec.model, replica, index)
             steady = self.view.memory[gpu] - self.catalog.shard_bytes(shard)
-            roomy = kv_blocks_within(self.problem.spec.model, limits, shard, steady - limits.migration_headroom_bytes)
+            reserve = migration_reserve_bytes(self.problem.spec.model, limits, shard)
+            roomy = kv_blocks_within(self.problem.spec.model, limits, shard, steady - reserve)
             tight = kv_blocks_within(self.problem.spec.model, limits, shard, steady)
             blocks = min(blocks, max(roomy, min(tight, least_kv_blocks(limits))))
             if room is not None:

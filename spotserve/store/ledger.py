@@ -278,7 +278,7 @@ class Ledger:
         def work(connection: apsw.Connection) -> tuple[RequestId, ...]:
             with self._lock:
                 forgotten = [live for name, live in self._live.items() if name not in journaled and not live.staged_end]
-            delete_requests(connection, [live.number for live in forgotten])
+            self._delete(connection, [live.number for live in forgotten])
             return tuple(sorted(live.new.request for live in forgotten))
 
         return self._writer.submit(work, publish=self._drop)
@@ -289,17 +289,18 @@ class Ledger:
         def work(connection: apsw.Connection) -> tuple[RequestId, ...]:
             query = "SELECT number, request FROM requests WHERE ended_at_unix_s <= ? ORDER BY number"
             rows: list[Any] = connection.execute(query, (now_unix_s - retention_s,)).fetchall()
-            delete_requests(connection, [number for number, _ in rows])
+            self._delete(connection, [number for number, _ in rows])
             return tuple(request for _, request in rows)
 
         return self._writer.submit(work, publish=self._drop)
 
     def shutdown(self) -> None:
         """Commit what is queued and close the database; who still watches gets a StateDirError."""
-        self._writer.close()
-        self._stop_watchers(StateDirError(f"{self.path.name} is closed"))
+        # The last connection to close empties the log, which a reader cannot.
         with self._lock:
             self._reader.close()
+        self._writer.close()
+        self._stop_watchers(StateDirError(f"{self.path.name} is closed"))
 
     # Reading: durable content only
 
@@ -483,6 +484,11 @@ class Ledger:
         if kept is not None and not 0 <= kept <= len(new_ids):
             raise InvariantError(f"stop judge keeps {kept} of {len(new_ids)} tokens")
         return kept
+
+    def _delete(self, connection: apsw.Connection, numbers: list[int]) -> None:
+        if numbers:
+            delete_requests(connection, numbers)
+            self._writer.erase_log()
 
     def _drop(self, requests: tuple[RequestId, ...]) -> None:
         with self._lock:

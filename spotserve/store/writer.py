@@ -91,6 +91,7 @@ class Writer:
         self._on_failure = on_failure
         self._connection = open_database(path, vfs=vfs)
         self._wal_pages = 0
+        self._erasing = False
         # A hook of our own turns SQLite's automatic checkpoint off, which would ignore its own I/O errors.
         self._connection.set_wal_hook(self._count_wal_pages)
         self._condition = threading.Condition()
@@ -128,6 +129,10 @@ class Writer:
                 if len(self._queue) == 1:
                     self._condition.notify()
         return commit
+
+    def erase_log(self) -> None:
+        """Called by work that deleted content: empty the WAL, which still holds it, after this transaction."""
+        self._erasing = True
 
     def close(self) -> None:
         """Commit what is queued, then close the database. A second call does nothing."""
@@ -168,9 +173,19 @@ class Writer:
         results = [job.work(self._connection) for job in group]
         self._connection.execute("COMMIT")
         self._num_commits += 1
-        if self._wal_pages >= CHECKPOINT_PAGES:
-            self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+        self._checkpoint()
         return results
+
+    def _checkpoint(self) -> None:
+        """Copy the WAL into the database when it is long, or when what it holds must go."""
+        if self._erasing:
+            try:
+                self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+            except apsw.BusyError:
+                return  # Somebody reads the old pages: after the next transaction, then.
+            self._erasing = False
+        elif self._wal_pages >= CHECKPOINT_PAGES:
+            self._connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
 
     def _settle(self, group: list[_Job[Any]], results: list[Any]) -> None:
         for job, result in zip(group, results, strict=True):

@@ -308,3 +308,31 @@ def test_a_failed_request_ends_with_error(serving: Callable[..., Served], stream
     with served.http() as http:
         view = http.get(f"/v1/requests/{served.frontdoor.submitted[0].request}").json()
     assert ("failed", "deadline of 1 s passed") == (view["state"], view["error"])
+
+
+def test_tokens_without_text_do_not_silence_a_stream(serving: Callable[..., Served]) -> None:
+    """Tests that a stream whose tokens show no text still gets its comments."""
+    served = serving(keep_alive_s=0.0)
+    assert served.codec is not None
+    served.frontdoor._rule = lambda prompt, choice, position: EOS
+    body = {"model": "tiny", "prompt": [5], "max_tokens": 20, "ignore_eos": True, "stream": True}
+    with served.http() as client:
+        text = client.post("/v1/completions", json=body).text
+    assert ": keep-alive" in text
+    assert 1 == text.count("data: {")
+    assert text.endswith("data: [DONE]\n\n")
+
+
+def test_a_slow_reader_holds_only_itself_back(serving: Callable[..., Served]) -> None:
+    """Tests that a client that does not read fills one bounded buffer while others are served."""
+    served = serving()
+    body = json.dumps({"model": "tiny", "prompt": [[5]] * 100, "n": 8, "max_tokens": 100, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", served.port))
+        connection.sendall(head + body)
+        served.wait_until(lambda: len(served.frontdoor.submitted) == 100)
+        answer = served.openai().completions.create(model="tiny", prompt=[5], max_tokens=4)
+        assert "length" == answer.choices[0].finish_reason
+    served.wait_until(lambda: len(served.frontdoor.cancelled) == 100)

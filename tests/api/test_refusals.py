@@ -217,6 +217,7 @@ def test_wrong_messages(shared: Served, messages: object) -> None:
         b'{"model": "tiny", "prompt": [5], "seed": ' + b"9" * 5000 + b"}",
         b'{"model": "tiny", "prompt": [5], "prompt": [6]}',
         b'{"model": "tiny", "prompt": [5], "x": {"a": 1, "a": 1}}',
+        b'{"\\ud800": 1, "\\ud800": 1}',
         b'{"model": "tiny", "prompt": "\xff"}',
         b'{"model": "tiny", "prompt": "\xc0\xaf"}',
         b'{"model": "tiny", "prompt": "\\ud800"}',

@@ -136,6 +136,7 @@ def test_a_body_up_to_the_bound_is_read(shared: Served) -> None:
         body = BODY + b" " * ((4 << 20) - len(BODY))
         assert 200 == http.post("/v1/completions", content=body).status_code
         assert 413 == http.post("/v1/completions", content=body + b" ").status_code
+        assert 409 == http.post("/admin/apply", content=body + b" ").status_code
 
 
 @pytest.mark.parametrize(

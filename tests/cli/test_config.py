@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from spotserve.cli.config import OTHER_VARIABLES, SETTINGS, Origin, parse_gpu_memory, parse_size_bytes, run_options
+import spotserve
+from spotserve.cli.config import (
+    BY_KEY,
+    OTHER_VARIABLES,
+    SETTINGS,
+    Origin,
+    parse_gpu_memory,
+    parse_size_bytes,
+    run_options,
+)
 from spotserve.core.options import GpuMemory, RunOptions
 from spotserve.errors import SpecError
 
@@ -184,6 +194,13 @@ def test_other_variables_are_no_settings() -> None:
     """Tests that variables of the client and the tests, empty ones and other people's change nothing."""
     environment = dict.fromkeys([f"SPOTSERVE_{name}" for name in OTHER_VARIABLES - {"CONFIG"}], "x")
     assert options() == options(environment={**environment, "SPOTSERVE_PORT": "", "OTHER_PORT": "1"})
+
+
+def test_every_variable_of_the_source_is_known() -> None:
+    """Tests that no part of the package reads a SPOTSERVE_* variable that `run` would refuse as unknown."""
+    sources = [path.read_text(encoding="utf-8") for path in Path(spotserve.__file__).parent.rglob("*.py")]
+    named = {name for source in sources for name in re.findall(r'"SPOTSERVE_([A-Z_]*[A-Z])"', source)}
+    assert set() == named - OTHER_VARIABLES - {key.upper() for key in BY_KEY}
 
 
 def test_config_file_by_variable(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def measurements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[
 
     monkeypatch.setattr(profiles, "measured_profile", paper_measurement)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.delenv("SPOTSERVE_PROFILE_CACHE", raising=False)
     return asked
 
 
@@ -56,11 +57,22 @@ def test_a_broken_entry_is_measured_again(
 ) -> None:
     """Tests that a torn or older file in the cache is replaced, never believed."""
     assert 0 == run_verb(["profile", str(BUILTIN)])
-    (kept,) = (tmp_path / "state/spotserve/profiles").glob("*.json")
+    (kept,) = (tmp_path / "state/spotserve/8000/profiles").glob("*.json")
     kept.write_text("{", encoding="utf-8")
     assert 0 == run_verb(["profile", str(BUILTIN)])
     assert 2 == len(measurements)
     assert PROFILE == Profile.model_validate_json(kept.read_text(encoding="utf-8"))
+
+
+def test_the_state_dir_is_the_daemons(
+    measurements: list[tuple[str, str, str | None]], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tests that --state-dir and SPOTSERVE_PROFILE_CACHE say where the result is kept, and a new state dir is private."""
+    assert 0 == run_verb(["profile", str(BUILTIN), "--state-dir", str(tmp_path / "mine")])
+    monkeypatch.setenv("SPOTSERVE_PROFILE_CACHE", str(tmp_path / "cache"))
+    assert 0 == run_verb(["profile", str(BUILTIN)])
+    assert [1, 1] == [len(list((tmp_path / place).glob("*.json"))) for place in ("mine/profiles", "cache")]
+    assert 0o700 == (tmp_path / "mine").stat().st_mode & 0o777
 
 
 def test_out_writes_the_profile(

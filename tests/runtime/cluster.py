@@ -119,7 +119,7 @@ class Cluster:
         self.term = 1
         self.port = 0
         self.orphan_timeout_s = 20.0
-        self.keeps_up = True
+        self.durable_cap: int | None = None
         self.workers: dict[GpuId, Register] = {}
         self.processes: dict[str, ForkedProcess] = {}
         self.streams: dict[tuple[RequestId, int], Stream] = {}
@@ -189,9 +189,18 @@ class Cluster:
             stream.token_ids += fresh
             stream.sources += [(tokens.replica, tokens.generation)] * len(fresh)
             stream.finish_reason = run.finish_reason or stream.finish_reason
-            durable.append((run.request, run.choice, len(stream.token_ids)))
-        if self.keeps_up:
-            self.switchboard.send(worker, Durable(term=self.term, positions=tuple(durable)))
+            durable.append((run.request, run.choice, self._durable(stream)))
+        self.switchboard.send(worker, Durable(term=self.term, positions=tuple(durable)))
+
+    def _durable(self, stream: Stream) -> int:
+        return len(stream.token_ids) if self.durable_cap is None else min(self.durable_cap, len(stream.token_ids))
+
+    def cap(self, durable_cap: int | None) -> None:
+        """Report at most so many tokens of a choice as durable: it then stands still 64 tokens later."""
+        self.durable_cap = durable_cap
+        positions = tuple((*name, self._durable(stream)) for name, stream in self.streams.items())
+        for worker in self.workers:
+            self.switchboard.send(worker, Durable(term=self.term, positions=positions))
 
     async def until(self, condition: Any, timeout_s: float = TIMEOUT_S) -> None:
         """Wait for something to become true."""

@@ -71,8 +71,9 @@ def test_live_migration_continues_exactly(
     async def scenario(cluster: Cluster) -> None:
         await cluster.launch(6 if old == (2, 2) else 4 if new == (2, 2) else 3)
         source = await cluster.place(*old, [f"i{index}" for index in range(old[0] * old[1])])
+        cluster.cap(20)
         for name, prompt in prompts.items():
-            await cluster.admit(source, name, prompt, max_tokens=150)
+            await cluster.admit(source, name, prompt, max_tokens=200)
         await cluster.until(lambda: all(cluster.tokens(name) for name in prompts))
         target = cluster.replica(*new, workers, name="r2", generation=2)
         await cluster.reserve(target)
@@ -80,19 +81,21 @@ def test_live_migration_continues_exactly(
         await cluster.join(target)
         assert await cluster.copy_kv(source, target) > 0
         before = len(cluster.tokens("a"))
+        cluster.cap(40)
         await cluster.until(lambda: len(cluster.tokens("a")) > before)
         positions = await cluster.quiesce(source)
         assert len(prompts) == len(positions)
         num_bytes, missing = await cluster.copy_kv_delta(positions)
         assert [] == missing
         assert num_bytes > 0
+        cluster.cap(None)
         await cluster.activate(target, cluster.contents(positions))
         await cluster.release(source)
         await cluster.finished(*prompts)
         probe = await cluster.probe(target.leader)
         assert 0 == probe["prefilled_tokens"]
         for name, prompt in prompts.items():
-            assert reference(folder, prompt, 150) == cluster.tokens(name)
+            assert reference(folder, prompt, 200) == cluster.tokens(name)
             assert {("r1", 1), ("r2", 2)} == set(cluster.stream(name).sources)
         assert [] == cluster.broken
 

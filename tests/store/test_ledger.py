@@ -285,8 +285,18 @@ def test_nothing_is_seen_before_the_commit(open_ledger: Callable[..., Ledger]) -
     commit = ledger.append(R1, 1, [run_of("a", 0, 1), run_of("a", 1, 2)])
     assert staged.wait(TIMEOUT_S)
     assert ((), {0: 0}) == (tokens(ledger, A), ledger.durable(A))
-    go_on.set()
+
+    async def first_seen() -> tuple[bool, ChoiceDelta]:
+        watching = asyncio.ensure_future(anext(ledger.watch(A)))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        too_early = watching.done()
+        go_on.set()
+        return too_early, await asyncio.wait_for(watching, TIMEOUT_S)
+
+    too_early, delta = asyncio.run(first_seen())
     commit.result(TIMEOUT_S)
+    assert (False, (1, 2)) == (too_early, delta.token_ids)
     assert (1, 2) == tokens(ledger, A)
 
 
@@ -321,18 +331,19 @@ def test_ended_requests_leave_memory_when_nobody_watches(ledger: Ledger) -> None
         await ledger.append(R1, 1, [run_of("a", 0, 1, 2)])
         first = await anext(watcher)
         await ledger.end(A, "finished")
+        await ledger.end(A, "failed", "too late")
         assert A in ledger._live
         return [first, *[delta async for delta in watcher]]
 
     deltas = asyncio.run(scenario())
     assert [1, 2] == assembled(deltas, 0, 0)
     assert A not in ledger._live
-    assert (1, 2) == tokens(ledger, A)
+    assert ((1, 2), "finished", None) == (tokens(ledger, A), ledger.content(A).ended, ledger.content(A).error)
     assert A in ledger
 
 
 def test_content_expires_after_its_retention(tmp_path: Path, open_ledger: Callable[..., Ledger]) -> None:
-    """Tests that content goes 15 minutes after the end, from every table and from the file, and not before."""
+    """Tests that content goes 15 minutes after the end, from every table and every file, and not before."""
     ledger = open_ledger(clock=lambda: 1_000.0)
     ledger.accept([new_request("a"), new_request("b")])
     ledger.set_owner(A, R1, 1)
@@ -346,9 +357,11 @@ def test_content_expires_after_its_retention(tmp_path: Path, open_ledger: Callab
     with pytest.raises(KeyError):
         ledger.watch(A)
     assert (B,) == ledger.open_requests()
-    ledger.shutdown()
     raw = b"".join(token.to_bytes(4, "little") for token in secret)
+    assert [False, False] == [raw in (tmp_path / name).read_bytes() for name in ("ledger.db", "ledger.db-wal")]
+    ledger.shutdown()
     assert raw not in (tmp_path / "ledger.db").read_bytes()
+    assert ["ledger.db"] == [file.name for file in tmp_path.iterdir()]
 
 
 def test_unjournaled_content_is_forgotten(open_ledger: Callable[..., Ledger]) -> None:
@@ -402,6 +415,20 @@ def test_damaged_content_stops_the_start(tmp_path: Path, open_ledger: Callable[.
     connection.close()
     with pytest.raises(StateDirError, match=r"corrupt|version 9"):
         open_ledger()
+
+
+def test_damage_inside_the_log_stops_the_start(tmp_path: Path, ledger: Ledger) -> None:
+    """Tests that a ledger whose log lost acknowledged transactions to damage is refused, not served shortened."""
+    for position in range(5):
+        ledger.append(R1, 1, [run_of("a", position, position)]).result(TIMEOUT_S)
+    crashed = tmp_path / "crashed"
+    crashed.mkdir()
+    (crashed / "ledger.db").write_bytes((tmp_path / "ledger.db").read_bytes())
+    wal = bytearray((tmp_path / "ledger.db-wal").read_bytes())
+    wal[len(wal) // 2] ^= 1
+    (crashed / "ledger.db-wal").write_bytes(wal)
+    with pytest.raises(StateDirError, match=r"ledger\.db-wal is corrupt"):
+        Ledger(crashed / "ledger.db")
 
 
 def test_owners_of_unknown_requests_are_refused(ledger: Ledger) -> None:

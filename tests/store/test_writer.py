@@ -97,6 +97,26 @@ def test_a_refused_statement_ends_the_writer(database: Path) -> None:
     assert [1] == numbers(database)
 
 
+def test_what_waits_behind_a_failing_group_fails_with_it(database: Path) -> None:
+    """Tests that work queued while a group fails gets its error instead of waiting for ever."""
+    entered, go_on = threading.Event(), threading.Event()
+
+    def fail_late(connection: apsw.Connection) -> None:
+        entered.set()
+        assert go_on.wait(TIMEOUT_S)
+        connection.execute("INSERT INTO numbers VALUES (NULL)")
+
+    writer = Writer(database)
+    failing = writer.submit(fail_late)
+    assert entered.wait(TIMEOUT_S)
+    waiting = insert(writer, 1)
+    go_on.set()
+    assert isinstance(failing.exception(TIMEOUT_S), StateDirError)
+    assert failing.exception(TIMEOUT_S) is waiting.exception(TIMEOUT_S)
+    writer.close()
+    assert [] == numbers(database)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_our_own_bug_ends_the_writer(database: Path) -> None:
     """Tests that an exception of our code inside a transaction is an InvariantError for all and commits nothing."""
