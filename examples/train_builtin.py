@@ -351,7 +351,7 @@ def build_model(vocabulary_size: int, tokenizer: Tokenizer) -> LlamaForCausalLM:
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=16,
-        max_position_embeddings=2048,
+        max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=tokenizer.token_to_id(END),

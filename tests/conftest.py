@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before anything imports torch or numpy: sums are bit-equal only with one thread, here and in every child.
@@ -13,6 +14,8 @@ os.environ["MKL_NUM_THREADS"] = "1"
 import hypothesis
 import pytest
 
+from spotserve.runtime.forkserver_client import launch
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 hypothesis.settings.register_profile("house", derandomize=True, deadline=None, database=None)
@@ -21,6 +24,7 @@ hypothesis.settings.load_profile("house")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=0, help="seed that every random test draws from (default 0)")
+    parser.addoption("--rewrite", action="store_true", help="write golden files instead of comparing with them")
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -40,6 +44,34 @@ def seed(request: pytest.FixtureRequest) -> int:
 def rng(request: pytest.FixtureRequest, seed: int) -> random.Random:
     """Randomness of one test: the same for the same seed and test, whatever ran before it."""
     return random.Random(f"{seed}:{request.node.nodeid}")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[Path, str], None]:
+    """Compares a text with a golden file, or writes it under --rewrite; the diff is then reviewed like code."""
+
+    def compare(path: Path, text: str) -> None:
+        if request.config.getoption("--rewrite"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        assert path.is_file(), f"{path} is not there: run pytest --rewrite"
+        assert path.read_text(encoding="utf-8") == text
+
+    return compare
+
+
+@pytest.fixture(scope="session")
+def daemon_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Variables under which all daemons of a test run share one forkserver and one measured profile per model."""
+    folder = tmp_path_factory.mktemp("daemons")
+    forkserver = launch(folder / "forkserver", log=folder / "forkserver.log", is_shared=True, parent_pid=os.getpid())
+    yield {
+        "SPOTSERVE_FORKSERVER": str(folder / "forkserver"),
+        "SPOTSERVE_PROFILE_CACHE": str(folder / "profiles"),
+        "SPOTSERVE_ORPHAN_TIMEOUT": "10",
+    }
+    forkserver.kill()
+    forkserver.wait()
 
 
 @pytest.fixture(scope="session")

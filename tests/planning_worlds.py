@@ -78,13 +78,21 @@ def instance(
 
 
 def replica(
-    name: str, gpus: list[str], *, pipeline: int, tensor: int, num_layers: int, kv_blocks: int, generation: int = 1
+    name: str,
+    gpus: list[str],
+    *,
+    pipeline: int,
+    tensor: int,
+    num_layers: int,
+    kv_blocks: int,
+    generation: int = 1,
+    max_running: int = 4,
 ) -> Replica:
     """A replica on `gpus`, stage by stage."""
     return Replica(
         id=ReplicaId(name),
         generation=generation,
-        max_running=4,
+        max_running=max_running,
         kv_blocks=kv_blocks,
         stages=tuple(
             Stage(layers=layers, gpus=tuple(GpuId(gpu) for gpu in gpus[stage * tensor : (stage + 1) * tensor]))
@@ -143,6 +151,7 @@ def running_problem(
             num_layers=spec.model.num_layers,
             kv_blocks=kv_blocks,
             generation=epoch,
+            max_running=spec.limits.max_running,
         )
         for number in range(data)
     ]

@@ -17,7 +17,9 @@ def register(app: typer.Typer) -> None:
 
 
 def run(
-    model: Annotated[str | None, typer.Argument(help="Checkpoint folder; without it the built-in model.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Checkpoint folder; without it the built-in model.")
+    ] = None,
     instances: Annotated[str | None, typer.Option(metavar="N", help="Instances at start [default: 4].")] = None,
     gpus_per_instance: Annotated[
         str | None, typer.Option(metavar="K", help="GPUs of one instance [default: 1].")

@@ -151,18 +151,23 @@ class ForkServer:
         log_descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         sys.stdout.flush()
         sys.stderr.flush()
+        is_group, says_group = os.pipe()
         pid = os.fork()
         if pid == 0:
-            self._run_child(args, log_descriptor, env)
+            self._run_child(args, log_descriptor, env, says_group)
         os.close(log_descriptor)
+        os.close(says_group)
+        os.read(is_group, 1)  # Until the child leads its group: whoever learns the pid may signal the group at once.
+        os.close(is_group)
         self._exits.pop(pid, None)
         return {"pid": pid, "started_at": psutil.Process(pid).create_time()}
 
-    def _run_child(self, args: list[str], log_descriptor: int, env: dict[str, str]) -> None:
+    def _run_child(self, args: list[str], log_descriptor: int, env: dict[str, str], says_group: int) -> None:
         """Become an instance: a process group of its own, none of our sockets, stdio to the log. Never returns."""
         status = 1
         try:
             os.setsid()
+            os.close(says_group)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for inherited in [self._listener, self._wakeup, self._wakeup_writer, *self._buffers]:

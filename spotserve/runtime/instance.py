@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 from pydantic import Field
@@ -53,6 +54,13 @@ class WorkerSettings(Frozen):
         return secret
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong by an exception; the process belongs to the caller."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SpecError(f"worker arguments: {message}")
+
+
 def instance_main(args: list[str]) -> int:
     """Run one instance until it is told to end; returns the exit code of this process."""
     try:
@@ -79,7 +87,7 @@ def parse_worker_arguments(args: list[str]) -> WorkerSettings:
     Raises:
         SpecError: one is missing, unknown or out of bounds.
     """
-    parser = argparse.ArgumentParser(prog="spotserve worker", exit_on_error=False, add_help=False)
+    parser = _Parser(prog="spotserve worker", add_help=False)
     parser.add_argument("--coordinator", required=True)
     parser.add_argument("--secret-file", required=True)
     parser.add_argument("--instance", required=True)
@@ -88,12 +96,7 @@ def parse_worker_arguments(args: list[str]) -> WorkerSettings:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--orphan-timeout", type=float, default=60.0)
-    try:
-        options, unknown = parser.parse_known_args(args)
-    except (argparse.ArgumentError, SystemExit) as error:
-        raise SpecError(f"worker arguments: {error}") from error
-    if unknown:
-        raise SpecError(f"worker argument {unknown[0]} is not known")
+    options = parser.parse_args(args)
     memory = default_memory_bytes(options.gpus) if options.gpu_memory is None else parse_bytes(options.gpu_memory)
     try:
         return WorkerSettings(

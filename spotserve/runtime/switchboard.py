@@ -123,6 +123,7 @@ class Switchboard:
         try:
             self.port = server.add_insecure_port(address)
         except RuntimeError as error:
+            await server.stop(grace=None)
             raise StateDirError(
                 f"worker port {address} cannot be bound", hint="another daemon uses it; stop it or choose a state dir"
             ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -124,12 +125,12 @@ def decide_requests(
     *,
     may_move: bool,
     hottest: int | None,
-    copy_s: float,
+    stay_s: float,
 ) -> tuple[RequestAction, ...]:
     """Finish, move or recompute each request of an affected replica.
 
     The requests furthest along move first while B and the KV pool of the target hold them; `hottest` bounds how many
-    move at all. Of those left, one that ends while bytes are still being copied is expected to finish where it is.
+    move at all. Of those left, one that ends within `stay_s` finishes where it is: the stop waits that long for it.
     """
     heir = {route.from_replica: route.to_replica for route in routes}
     room = {replica.id: _room(problem, replica) for replica in target}
@@ -143,7 +144,7 @@ def decide_requests(
         if replica.id not in lost and to_replica is not None and may_move:
             if (hottest is None or moved < hottest) and _take(problem, room[to_replica], request):
                 action, moved = "move", moved + 1
-            elif _ends_within(problem, replica, request, copy_s):
+            elif _seconds_left(problem, replica, request) <= stay_s:
                 action = "finish"
         actions.append(
             RequestAction.model_validate({"request": request.request, "action": action, "to_replica": to_replica})
@@ -183,11 +184,25 @@ def _take(problem: PlanningProblem, room: _Room, request: RequestProgress) -> bo
     return True
 
 
-def _ends_within(problem: PlanningProblem, replica: Replica, request: RequestProgress, copy_s: float) -> bool:
-    """Whether decoding will be over before the copies are."""
+def _seconds_left(problem: PlanningProblem, replica: Replica, request: RequestProgress) -> float:
+    """How long a decoding request still needs where it is; for ever if it does not decode yet."""
     if request.state != "decoding" or not request.choices:
-        return False
+        return math.inf
     left = max(request.max_tokens - choice.tokens for choice in request.choices)
     running = max(1, len(requests_of(problem, replica.id)))
     token_ms = decode_ms(problem.spec, pipeline=replica.pipeline, tensor=replica.tensor, running=running)
-    return left * token_ms / 1000.0 < copy_s
+    return left * token_ms / 1000.0
+
+
+def finishing_s(problem: PlanningProblem, affected: tuple[Replica, ...], actions: tuple[RequestAction, ...]) -> float:
+    """How long the slowest of the requests that finish where they are needs; 0 if there is none."""
+    finishing = {action.request for action in actions if action.action == "finish"}
+    return max(
+        (
+            _seconds_left(problem, replica, request)
+            for replica in affected
+            for request in requests_of(problem, replica.id)
+            if request.request in finishing
+        ),
+        default=0.0,
+    )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ortools.graph.python import max_flow
 
@@ -55,6 +55,8 @@ class KvTransfer:
     rectangle: Rectangle
 
 
+CRUMB_BYTES = 1024 * 1024
+
 Preference = Callable[[Sequence[GpuId], "Load", Piece], GpuId]
 
 
@@ -65,9 +67,11 @@ class Load:
     ports: dict[InstanceId, int]
     gpus: dict[GpuId, int]
     doomed: Collection[GpuId]
+    pairs: set[tuple[GpuId, GpuId]] = field(default_factory=set)
 
     def add(self, source: GpuId, destination: GpuId, num_bytes: int) -> None:
         """Count one transfer; inside an instance it loads no port."""
+        self.pairs.add((source, destination))
         self.gpus[source] = self.gpus.get(source, 0) + num_bytes
         if instance_of(source) != instance_of(destination):
             port = instance_of(source)
@@ -119,10 +123,15 @@ def _elementary(
 
 
 def least_loaded(holders: Sequence[GpuId], load: Load, piece: Piece) -> GpuId:
-    """The holder whose port, then GPU, has least to send; survivors before doomed ones."""
+    """The holder whose port, then GPU, has least to send; survivors before doomed ones.
+
+    A crumb goes with a transfer that is made anyway: a round trip costs more than it balances.
+    """
+    crumb = piece.bytes < CRUMB_BYTES
     return min(
         holders,
         key=lambda gpu: (
+            crumb and (gpu, piece.destination) not in load.pairs,
             load.port(gpu, piece.destination),
             gpu in load.doomed,
             load.gpus.get(gpu, 0),

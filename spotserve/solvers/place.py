@@ -60,7 +60,7 @@ def place(problem: PlacementProblem, solver: str) -> Placement:
     costs[:, : problem.num_positions] -= weights
     columns = ASSIGNERS[solver](costs)
     taken = {column: row for row, column in enumerate(columns) if column < problem.num_positions}
-    order = [taken[position] for position in range(problem.num_positions)]
+    order = _settle_ties(problem, [taken[position] for position in range(problem.num_positions)])
     reused = sum(problem.reuse_bytes[row][position] for position, row in enumerate(order))
     return Placement(
         tuple(problem.gpus[row] for row in order),
@@ -76,6 +76,25 @@ def place(problem: PlacementProblem, solver: str) -> Placement:
             },
         ),
     )
+
+
+def _settle_ties(problem: PlacementProblem, order: list[int]) -> list[int]:
+    """The same value with interchangeable GPUs in natural order: the first of them takes the first position.
+
+    Blank GPUs are interchangeable. Without this their order is the solver's whim; with it a tensor group takes
+    neighbours, so one instance where it can.
+    """
+    alike: dict[tuple[tuple[int, ...], tuple[bool, ...]], list[int]] = {}
+    for row in range(len(problem.gpus)):
+        if problem.home[row] is None:
+            alike.setdefault((problem.reuse_bytes[row], problem.fits[row]), []).append(row)
+    settled = list(order)
+    for rows in alike.values():
+        members = set(rows)
+        positions = [position for position, row in enumerate(order) if row in members]
+        for position, row in zip(positions, rows, strict=False):
+            settled[position] = row
+    return settled
 
 
 def _weights(problem: PlacementProblem) -> Costs:

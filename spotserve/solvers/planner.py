@@ -50,6 +50,7 @@ from spotserve.solvers.draft import (
     Draft,
     complete_routes,
     decide_requests,
+    finishing_s,
     pool_bytes,
     route_requests,
 )
@@ -63,6 +64,12 @@ from spotserve.solvers.view import View, kv_tokens, look, natural_key, requests_
 MAX_LINE_BYTES = 64 * 1024 * 1024
 ATTEMPTS = 6
 """Candidates tried in live mode before in_place is considered."""
+
+PATIENCE_S = 10.0
+"""How long a stop that has no deadline waits for requests that can go nowhere else."""
+
+STAY_SHARE = 0.8
+"""Share of a grace period that a stop may wait for them."""
 
 WORSE_PERMILLE = 1500
 """A later candidate may be this much worse than the first and still be preferred for being live."""
@@ -209,8 +216,7 @@ class Planner:
     def _live_plan(self, layout: Layout, *, hottest: int | None, doomed_sources: bool) -> Plan:
         """One rung: `hottest` requests move (None: all, 0: none)."""
         transfers = self._fetch(layout.fresh, sources=self._sources(doomed=doomed_sources))
-        copy_s = self._copy_estimate_s(transfers)
-        actions = self._actions(layout, hottest=hottest, copy_s=copy_s, may_move=hottest != 0)
+        actions = self._actions(layout, hottest=hottest, may_move=hottest != 0)
         kv = {} if hottest == 0 else self._kv(layout)
         draft = Draft(
             problem=self.problem,
@@ -230,15 +236,16 @@ class Planner:
         return self._finish(draft, steps, rung)
 
     def _window(self, draft: Draft) -> Window:
-        """When to stop decoding: as soon as the copies are there, or at the last moment when nothing fits."""
+        """When to stop decoding: copies done and finishing requests gone, or the last moment if nothing fits."""
         left = self.view.remaining_s
+        finishing = round(finishing_s(self.problem, draft.affected, draft.actions), 6)
         if left is None:
-            return Window(0.0, None)
+            return Window(finishing, None)
         profile = self.problem.spec.profile
         delta = sum(draft.delta_bytes(route, transfer.rectangle) for route, kv in draft.kv.items() for transfer in kv)
         cut_over_s = delta / profile.link_bytes_per_s + 4 * profile.round_trip_s
         latest_s = round(max(0.0, left - cut_over_s - margin_s(left)), 6)
-        return Window(0.0 if draft.target else latest_s, latest_s)
+        return Window(min(finishing, latest_s) if draft.target else latest_s, latest_s)
 
     # -- the other ways -------------------------------------------------------------------------------------
 
@@ -296,7 +303,7 @@ class Planner:
             fresh=layout.fresh,
             affected=layout.affected,
             routes=layout.routes,
-            actions=self._actions(layout, hottest=None, copy_s=0.0, may_move=bool(kv)),
+            actions=self._actions(layout, hottest=None, stay_s=0.0, may_move=bool(kv)),
             transfers=transfers,
             kv=kv,
             held=self.held,
@@ -335,7 +342,7 @@ class Planner:
             fresh=layout.fresh,
             affected=layout.affected,
             routes=layout.routes,
-            actions=self._actions(layout, hottest=0, copy_s=0.0, may_move=False),
+            actions=self._actions(layout, hottest=0, may_move=False),
             transfers=transfers,
             kv={},
             held=self.held,
@@ -355,7 +362,7 @@ class Planner:
             fresh=(),
             affected=layout.affected,
             routes=(),
-            actions=self._actions(layout, hottest=0, copy_s=0.0, may_move=False),
+            actions=self._actions(layout, hottest=0, may_move=False),
             transfers=(),
             kv={},
             held=self.held,
@@ -539,17 +546,13 @@ class Planner:
         """All living GPUs, or those that stay."""
         return self._allowed([*self.view.staying, *(self.view.doomed if doomed else ())])
 
-    def _copy_estimate_s(self, transfers: tuple[Transfer, ...]) -> float:
-        """How long the slowest destination waits for its weights."""
-        profile = self.problem.spec.profile
-        seconds: dict[GpuId, float] = {}
-        for transfer in transfers:
-            rate = profile.storage_bytes_per_s if transfer.source is None else profile.link_bytes_per_s
-            seconds[transfer.destination] = seconds.get(transfer.destination, 0.0) + transfer.bytes / rate
-        return max(seconds.values(), default=0.0)
+    def _stay_s(self) -> float:
+        """How long the stop may wait for requests that can go nowhere else."""
+        left = self.view.remaining_s
+        return PATIENCE_S if left is None else STAY_SHARE * max(0.0, left - margin_s(left))
 
     def _actions(
-        self, layout: Layout, *, hottest: int | None, copy_s: float, may_move: bool
+        self, layout: Layout, *, hottest: int | None, may_move: bool, stay_s: float | None = None
     ) -> tuple[RequestAction, ...]:
         """What becomes of the requests of the affected replicas."""
         target = (*layout.untouched, *layout.fresh)
@@ -561,7 +564,7 @@ class Planner:
             target,
             may_move=may_move,
             hottest=hottest,
-            copy_s=copy_s,
+            stay_s=self._stay_s() if stay_s is None else stay_s,
         )
 
     def _kv(self, layout: Layout) -> dict[Route, tuple[KvTransfer, ...]]:

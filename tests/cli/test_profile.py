@@ -67,7 +67,7 @@ def test_a_broken_entry_is_measured_again(
 def test_the_state_dir_is_the_daemons(
     measurements: list[tuple[str, str, str | None]], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tests that --state-dir and SPOTSERVE_PROFILE_CACHE say where the result is kept, and a new state dir is private."""
+    """Tests that --state-dir and SPOTSERVE_PROFILE_CACHE say where the result is kept, privately."""
     assert 0 == run_verb(["profile", str(BUILTIN), "--state-dir", str(tmp_path / "mine")])
     monkeypatch.setenv("SPOTSERVE_PROFILE_CACHE", str(tmp_path / "cache"))
     assert 0 == run_verb(["profile", str(BUILTIN)])

@@ -165,7 +165,7 @@ def test_worker_arguments() -> None:
         settings.orphan_timeout_s,
     )
     for wrong in (["--gpus", "0"], ["--gpus", "x"], ["--device", "tpu"], ["--colour", "red"]):
-        with pytest.raises(SpecError, match="worker argument"):
+        with pytest.raises(SpecError, match="worker arguments"):
             parse_worker_arguments([*ARGUMENTS, *wrong])
     with pytest.raises(SpecError, match="required"):
         parse_worker_arguments(["--instance", "i0"])

@@ -98,7 +98,7 @@ def greet(register: Register) -> Welcome | Refused:
     """The test's answer to a registration."""
     if register.incarnation == "unwanted":
         return Refused(term=3, reason="unwanted")
-    return Welcome(term=3, spec=small_spec(), model_path="/nowhere", orphan_timeout_s=0.5)
+    return Welcome(term=3, spec=small_spec(), model_path="/nowhere", orphan_timeout_s=3.0)
 
 
 def play(scenario: Callable[[Switchboard], Awaitable[None]]) -> None:
@@ -237,6 +237,7 @@ def test_messages_wait_for_the_next_coordinator_and_orphans_end() -> None:
         worker = Worker(first.port)
         await first.events.get()
         await first.stop()
+        await asyncio.sleep(0.5)  # What is said before the break is noticed may be lost, and is said again by the agent.
         worker.link.send(SelfNotice(grace_s=1.0))
         second = Switchboard(secret=SECRET, term=3, greet=greet)
         await second.start("127.0.0.1", first.port)
