@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from spotserve.core.options import LOOPBACK_HOSTS, POLICY_NAMES, SOLVER_KINDS, Device, GpuMemory, LogFormat, RunOptions
+from spotserve.core.options import LOOPBACK_HOSTS, POLICY_NAMES, SOLVER_NAMES, Device, GpuMemory, LogFormat, RunOptions
 from spotserve.core.spec import DType
 from spotserve.errors import SpecError
 
@@ -153,20 +153,21 @@ def parse_gpu_memory(value: Any, origin: Origin) -> GpuMemory:
 
 
 def parse_solvers(value: Any, origin: Origin) -> dict[str, str]:
-    """`place=makespan`, several of them as a list, with commas between, or as a TOML table."""
+    """`place=assignment`, several of them as a list, with commas between, or as a TOML table."""
     if isinstance(value, dict):
         pairs = [(kind, name) for kind, name in value.items()]
     else:
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, list | tuple) or not all(isinstance(item, str) and "=" in item for item in items):
-            raise origin.refuse(value, "is not kind=name", hint="write place=makespan")
+            raise origin.refuse(value, "is not kind=name", hint="write place=assignment")
         pairs = [(item.split("=", 1)[0].strip(), item.split("=", 1)[1].strip()) for item in items]
     chosen: dict[str, str] = {}
     for kind, name in pairs:
-        if kind not in SOLVER_KINDS:
-            raise origin.refuse(kind, f"is not one of {', '.join(SOLVER_KINDS)}", hint=nearest(kind, SOLVER_KINDS))
-        if not isinstance(name, str) or not name:
-            raise origin.refuse(f"{kind}={name}", "names no solver")
+        if kind not in SOLVER_NAMES:
+            raise origin.refuse(kind, f"is not one of {', '.join(SOLVER_NAMES)}", hint=nearest(kind, SOLVER_NAMES))
+        if name not in SOLVER_NAMES[kind]:
+            known = ", ".join(SOLVER_NAMES[kind])
+            raise origin.refuse(f"{kind}={name}", f"is not one of {known}", hint=nearest(str(name), SOLVER_NAMES[kind]))
         if chosen.setdefault(kind, name) != name:
             raise origin.refuse(f"{kind}={name}", f"contradicts {kind}={chosen[kind]}")
     return chosen

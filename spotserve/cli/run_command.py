@@ -44,7 +44,8 @@ def run(
         str | None, typer.Option(metavar="cpu|cuda", help="What a GPU is [default: cpu, one process each].")
     ] = None,
     policy: Annotated[
-        str | None, typer.Option(metavar="NAME", help="What to do about a preemption [default: live].")
+        str | None,
+        typer.Option(metavar="live|reroute|reparallelize", help="What to do about a preemption [default: live]."),
     ] = None,
     solver: Annotated[
         list[str] | None, typer.Option(metavar="KIND=NAME", help="Another solver than the policy's; repeatable.")

@@ -269,6 +269,11 @@ class Batcher:
             if not sequence.is_closing
         )
 
+    def is_open(self, key: SequenceKey) -> bool:
+        """Whether a sequence is here under this key and nobody closed it."""
+        sequence = self._sequences.get((key.request, key.choice))
+        return sequence is not None and sequence.key == key and not sequence.is_closing
+
     def drop_kv(self, request: RequestId, choice: int) -> None:
         """A rank turned out not to hold this choice's KV: prefill it again under a new kv_generation."""
         sequence = self._sequences.get((request, choice))

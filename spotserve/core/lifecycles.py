@@ -103,7 +103,7 @@ SERVICE = Lifecycle(
         Edge("resuming", ("migrating", "draining", "degraded", "serving"), "resuming"),
         Edge("degraded", ("provisioning", "serving", "draining", "migrating", "resuming"), "degraded"),
         Edge("stopping", ("provisioning", *_LIVE_SERVICE), "stopping"),
-        Edge("stopped", ("stopping",), "stopped"),
+        Edge("stopped", ("provisioning", "stopping", *_LIVE_SERVICE), "stopped"),
     ),
 )
 

@@ -16,8 +16,13 @@ from spotserve.core.spec import DType
 Device = Literal["cpu", "cuda"]
 LogFormat = Literal["console", "json"]
 
-POLICY_NAMES = ("live", "reroute", "reparallelize", "paper", "ondemand")
-SOLVER_KINDS = ("configure", "place", "migrate", "fleet", "arrange")
+POLICY_NAMES = ("live", "reroute", "reparallelize")
+SOLVER_NAMES: dict[str, tuple[str, ...]] = {
+    "configure": ("cpsat", "enumerate"),
+    "place": ("assignment", "hungarian", "in_order"),
+    "migrate": ("maxflow", "layered", "first_holder"),
+}
+"""By kind. The registry in solvers/ brings ortools, which the coordinator never loads; a test keeps the two equal."""
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 

@@ -57,10 +57,11 @@ from spotserve.runtime.holdings import Holdings, Position
 from spotserve.runtime.instance import WorkerSettings
 from spotserve.runtime.kv_migration import KvFollower, Peer
 from spotserve.runtime.kv_store import KvStore
+from spotserve.runtime.leader import Leader, QuiesceReport
 from spotserve.runtime.link import Link, LinkCallbacks
 from spotserve.runtime.mesh import MeshListener, join
 from spotserve.runtime.ratelimit import RateLimiter
-from spotserve.runtime.replica_loop import Follower, Leader, QuiesceReport
+from spotserve.runtime.replica_loop import Follower
 from spotserve.runtime.transfer import TransferClient, TransferServer
 from spotserve.runtime.transfer_source import LocalPeer, TransferSource
 from spotserve.runtime.weight_transfer import load_slices, pull_slices
@@ -128,6 +129,7 @@ class Agent:
         self._holdings: Holdings | None = None
         self._followers: dict[tuple[int, str], KvFollower] = {}
         self._followers_lock = threading.Lock()
+        self._grants: dict[int, set[str]] = {}
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._notice = threading.Event()
         self._ended = threading.Event()
@@ -283,6 +285,7 @@ class Agent:
                 return {}
             case GrantCommand():
                 self._transfers.grant(command.grant, bytes.fromhex(command.secret), command.expires_s)
+                self._grants.setdefault(command.epoch, set()).add(command.grant)
                 return {}
             case CopyWeightsCommand():
                 return self._copy_weights(command)
@@ -322,6 +325,8 @@ class Agent:
             peer.close()
 
     def _copy_kv(self, command: CopyKvCommand) -> dict[str, Any]:
+        # One plan runs at a time: what an older one still follows was left behind when it stepped down its ladder.
+        self._abandon(lambda epoch: epoch < command.epoch)
         follower = self._follower(command)
         follower.start()
         follower.is_caught_up.wait()
@@ -345,6 +350,14 @@ class Agent:
                 return old
             follower = self._followers[(command.epoch, command.step)] = self._new_follower(command)
             return follower
+
+    def _abandon(self, is_over: Callable[[int], bool]) -> None:
+        """Stop the followers of these epochs and free what they brought and nobody adopted."""
+        with self._followers_lock:
+            keys = [key for key in self._followers if is_over(key[0])]
+            followers = [self._followers.pop(key) for key in keys]
+        for follower in followers:
+            follower.abandon()
 
     def _new_follower(self, command: CopyKvCommand | CopyKvDeltaCommand) -> KvFollower:
         position = self._position(command.route.to_replica, command.target_generation)
@@ -427,11 +440,9 @@ class Agent:
         return {}
 
     def _abort(self, command: AbortCommand) -> dict[str, Any]:
-        with self._followers_lock:
-            abandoned = [key for key in self._followers if key[0] == command.epoch]
-            followers = [self._followers.pop(key) for key in abandoned]
-        for follower in followers:
-            follower.abandon()
+        for grant in sorted(self._grants.pop(command.epoch, ())):
+            self._transfers.revoke(grant)
+        self._abandon(lambda epoch: epoch == command.epoch)
         if self._holdings is not None:
             self._holdings.abort(command.epoch)
         return {}
@@ -460,7 +471,10 @@ class Agent:
         for position in positions:
             if position.leader is None or position.leader.broken is not None:
                 continue
-            progress = position.leader.progress().result(_PROBE_TIMEOUT_S)
+            try:
+                progress = position.leader.progress().result(_PROBE_TIMEOUT_S)
+            except (TimeoutError, SpotServeError):  # It waits for a peer that is gone; the holdings are known anyway.
+                continue
             result["positions"] += [choice.model_dump() for choice in progress.positions]
             result["iterations"] += progress.iterations
             result["prefilled_tokens"] += progress.prefilled_tokens

@@ -154,6 +154,7 @@ class ForkServer:
         is_group, says_group = os.pipe()
         pid = os.fork()
         if pid == 0:
+            os.close(is_group)
             self._run_child(args, log_descriptor, env, says_group)
         os.close(log_descriptor)
         os.close(says_group)

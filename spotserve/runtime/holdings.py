@@ -20,8 +20,9 @@ from spotserve.errors import ModelError, SpotServeError
 from spotserve.runtime.checkpoint import TORCH_DTYPES, Checkpoint
 from spotserve.runtime.kv_migration import IncomingKv
 from spotserve.runtime.kv_store import KvStore
+from spotserve.runtime.leader import Leader
 from spotserve.runtime.mesh import Mesh
-from spotserve.runtime.replica_loop import Follower, Leader, Place, StageRunner
+from spotserve.runtime.replica_loop import Follower, Place, StageRunner
 from spotserve.runtime.stage_model import StageModel
 from spotserve.runtime.weights import WeightStore
 

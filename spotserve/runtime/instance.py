@@ -77,6 +77,7 @@ def instance_main(args: list[str]) -> int:
         if os.fork() == 0:
             settings = settings.model_copy(update={"gpu_index": gpu_index})
             break
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # A lost connection is the link's to log, in its own words.
     agent = importlib.import_module("spotserve.runtime.agent")
     return int(agent.agent_main(settings))
 

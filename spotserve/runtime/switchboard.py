@@ -34,6 +34,7 @@ from spotserve.runtime.proto.worker_pb2 import Envelope
 from spotserve.runtime.proto.worker_pb2_grpc import CoordinatorServicer, add_CoordinatorServicer_to_server
 
 _REGISTER_TIMEOUT_S = 5.0
+_STOP_GRACE_S = 0.5
 
 log = get_logger("switchboard")
 
@@ -133,7 +134,10 @@ class Switchboard:
     async def stop(self) -> None:
         """End every stream. Workers keep what they hold and dial again until their orphan timeout."""
         if self._server is not None:
-            await self._server.stop(grace=0.0)
+            for line in self._lines.values():
+                if line.session is not None:
+                    line.session.outgoing.put_nowait(None)
+            await self._server.stop(grace=_STOP_GRACE_S)
             self._server = None
         for worker in list(self._lines):
             self.fail_worker(worker, "the coordinator stopped")

@@ -33,7 +33,8 @@ from spotserve.core.spec import ServingSpec
 
 TOLERANCE_PERMILLE = 50
 RESHAPE_GAIN_PERMILLE = 1250
-"""A change of (P, M) must win at least this much over the shape that runs, or the shape stays (hysteresis)."""
+"""Under a known load a change of (P, M) must win at least this much over the shape that runs, or the shape stays
+(hysteresis); under an unknown load what runs is kept."""
 
 UNSERVED_US = 10**15
 MAX_DETERMINISTIC_TIME = 10.0
@@ -83,14 +84,26 @@ Chooser = Callable[[Sequence[Candidate], Sequence[Goal]], tuple[Candidate, bool]
 
 
 def tabulate(
-    spec: ServingSpec, *, memory: Sequence[int], workload: Workload, intact: Sequence[Replica]
+    spec: ServingSpec,
+    *,
+    memory: Sequence[int],
+    workload: Workload,
+    intact: Sequence[Replica],
+    hit: Sequence[Replica] = (),
 ) -> tuple[Candidate, ...]:
-    """Every configuration that fits `memory` (bytes of each GPU that stays), in a fixed order."""
+    """Every configuration that fits `memory` (bytes of each GPU that stays), in a fixed order.
+
+    `intact` replicas are disturbed by a change; the shapes of those that are `hit` count as running too.
+    """
+    shapes = {(replica.pipeline, replica.tensor) for replica in (*intact, *hit)}
     largest_first = sorted(memory, reverse=True)
     rows: list[Candidate] = []
     for tensor in range(1, min(max_tensor_degree(spec.model), len(memory)) + 1):
         for pipeline in range(1, min(spec.model.num_layers, len(memory) // tensor) + 1):
-            rows += _rows_of_shape(spec, largest_first, workload, intact, pipeline=pipeline, tensor=tensor)
+            reshaped = bool(shapes) and (pipeline, tensor) not in shapes
+            rows += _rows_of_shape(
+                spec, largest_first, workload, intact, pipeline=pipeline, tensor=tensor, reshaped=reshaped
+            )
     return tuple(rows)
 
 
@@ -102,6 +115,7 @@ def _rows_of_shape(
     *,
     pipeline: int,
     tensor: int,
+    reshaped: bool,
 ) -> list[Candidate]:
     shards = replica_shards(spec.model, pipeline=pipeline, tensor=tensor)
     needs = max(least_position_bytes(spec.model, spec.limits, shard) for shard in shards)
@@ -133,7 +147,7 @@ def _rows_of_shape(
                 workload,
                 batch=_sustained(spec, degrees, blocks, workload),
                 disturbed=running_gpus - kept_gpus,
-                reshaped=bool(intact) and not same_shape,
+                reshaped=reshaped,
                 headroom=keeps_headroom,
             )
         )
@@ -192,15 +206,12 @@ def pinned(spec: ServingSpec, rows: Sequence[Candidate]) -> tuple[tuple[Candidat
 
 def goals_for(rows: Sequence[Candidate], *, load_known: bool) -> tuple[Goal, ...]:
     """The order of wishes. Under an unknown load throughput comes first, else latency of those that serve it."""
-    serves = any(not row.unserved for row in rows)
     first: tuple[Goal, ...]
-    if load_known and serves:
+    if load_known and any(not row.unserved for row in rows):
         first = (Goal("unserved"), Goal("latency_us", tolerance_permille=TOLERANCE_PERMILLE))
     else:
         first = (Goal("throughput_urps", maximise=True, tolerance_permille=TOLERANCE_PERMILLE),)
-    keep = (Goal("reshaped"),) if _worth_keeping(rows, load_known=load_known and serves) else ()
     return (
-        *keep,
         *first,
         Goal("disturbed"),
         Goal("throughput_urps", maximise=True),
@@ -212,16 +223,20 @@ def goals_for(rows: Sequence[Candidate], *, load_known: bool) -> tuple[Goal, ...
     )
 
 
-def _worth_keeping(rows: Sequence[Candidate], *, load_known: bool) -> bool:
-    """Whether the running shape is within the hysteresis of the best candidate."""
-    kept = [row for row in rows if not row.reshaped]
-    if not kept:
-        return False
-    if load_known:
+def kept_shape(rows: Sequence[Candidate], *, load_known: bool) -> tuple[Candidate, ...]:
+    """The rows that keep the running (P, M) where that is worth it, else all of them."""
+    kept = tuple(row for row in rows if not row.reshaped)
+    if not kept or len(kept) == len(rows):
+        return tuple(rows)
+    if not load_known:
+        return kept
+    if any(not row.unserved for row in rows):
         best = min(row.latency_us for row in rows)
-        return min(row.latency_us for row in kept) * 1000 <= best * RESHAPE_GAIN_PERMILLE
-    fastest = max(row.throughput_urps for row in rows)
-    return max(row.throughput_urps for row in kept) * RESHAPE_GAIN_PERMILLE >= fastest * 1000
+        worth = min(row.latency_us for row in kept) * 1000 <= best * RESHAPE_GAIN_PERMILLE
+    else:
+        fastest = max(row.throughput_urps for row in rows)
+        worth = max(row.throughput_urps for row in kept) * RESHAPE_GAIN_PERMILLE >= fastest * 1000
+    return kept if worth else tuple(rows)
 
 
 def choose_by_enumeration(rows: Sequence[Candidate], goals: Sequence[Goal]) -> tuple[Candidate, bool]:
@@ -290,16 +305,17 @@ CHOOSERS: dict[str, Chooser] = {"cpsat": choose_by_cpsat, "enumerate": choose_by
 
 
 def configure(spec: ServingSpec, rows: Sequence[Candidate], *, load_rps: float, solver: str) -> Choice:
-    """Choose among tabulated candidates; pins and migration headroom are kept while any candidate keeps them."""
+    """Choose among tabulated candidates: pins come first, then the running shape, then migration headroom."""
     if not rows:
         certificate: dict[str, str | int | float] = {"kind": "no_candidate"}
         return Choice(None, SolverReport(name=solver, status="infeasible", certificate=certificate))
     allowed, pins = pinned(spec, rows)
-    roomy = tuple(row for row in allowed if row.headroom) or allowed
+    near = kept_shape(allowed, load_known=load_rps > 0)
+    roomy = tuple(row for row in near if row.headroom) or near
     goals = goals_for(roomy, load_known=load_rps > 0)
     candidate, proven = CHOOSERS[solver](roomy, goals)
     first = next(goal for goal in goals if goal.column in ("latency_us", "throughput_urps"))
-    peers = [row for row in roomy if (row.unserved, row.reshaped) == (candidate.unserved, candidate.reshaped)]
+    peers = [row for row in roomy if row.unserved == candidate.unserved]
     values = [getattr(row, first.column) for row in peers]
     best = max(values) if first.maximise else min(values)
     objective = getattr(candidate, first.column)

@@ -111,6 +111,9 @@ class Planner:
             return self._unchanged()
         if self.policy == "live" or not self.problem.snapshot.world.replicas:
             for choice in self._near_best(rows, first):
+                if choice.candidate is not None and self._keeps_everything(choice.candidate):
+                    self.reports = {"configure": choice.report}
+                    return self._unchanged()
                 if (plan := self._live(choice)) is not None:
                     return plan
         self.reports["configure"] = first.report
@@ -124,6 +127,7 @@ class Planner:
             memory=[self.view.memory[gpu] for gpu in self.view.staying],
             workload=workload_of(self.problem),
             intact=self.view.intact,
+            hit=(*self.view.draining, *self.view.lost),
         )
 
     def _configure(self, rows: Iterable[Candidate]) -> Choice:
@@ -141,7 +145,7 @@ class Planner:
         choice, left = first, list(rows)
         for _ in range(ATTEMPTS):
             candidate = choice.candidate
-            if candidate is None or not _about_as_good(candidate, best):
+            if candidate is None or not _about_as_good(candidate, best) or _pins(choice) != _pins(first):
                 return
             yield choice
             left = [row for row in left if (row.shape, row.data) != (candidate.shape, candidate.data)]
@@ -632,6 +636,11 @@ class PlacementRow:
 
 RoomRule = Callable[[GpuId, Shard], int]
 """Bytes that a KV pool of a position may take on a GPU."""
+
+
+def _pins(choice: Choice) -> str | int | float | None:
+    """How far a choice keeps the pinned degrees."""
+    return (choice.report.certificate or {}).get("pins")
 
 
 def _about_as_good(candidate: Candidate, best: Candidate) -> bool:

@@ -17,8 +17,9 @@ from spotserve.cli.config import (
     parse_size_bytes,
     run_options,
 )
-from spotserve.core.options import GpuMemory, RunOptions
+from spotserve.core.options import POLICY_NAMES, SOLVER_NAMES, GpuMemory, RunOptions
 from spotserve.errors import SpecError
+from spotserve.solvers.registry import POLICIES, SOLVERS
 
 HOME = {"XDG_STATE_HOME": "/state"}
 
@@ -77,7 +78,7 @@ def test_every_setting_reaches_its_field(tmp_path: Path) -> None:
         "dtype": '"bfloat16"',
         "device": '"cuda"',
         "policy": '"reroute"',
-        "solver": '"place=makespan"',
+        "solver": '"place=in_order"',
         "trace": f'"{trace}"',
         "host": '"::1"',
         "port": "80",
@@ -104,7 +105,7 @@ def test_every_setting_reaches_its_field(tmp_path: Path) -> None:
         dtype="bfloat16",
         device="cuda",
         policy="reroute",
-        solvers={"place": "makespan"},
+        solvers={"place": "in_order"},
         trace=str(trace),
         host="::1",
         port=80,
@@ -162,8 +163,8 @@ def test_refuses_sizes(text: str) -> None:
         ({"orphan_timeout": "0"}, "--orphan-timeout 0 is not between 0.1 and 86400 seconds"),
         ({"dtype": "int8"}, "--dtype int8 is not one of float32, bfloat16, float16"),
         ({"solver": ["place"]}, "--solver ['place'] is not kind=name"),
-        ({"solver": ["plaec=x"]}, "--solver plaec is not one of configure, place, migrate, fleet, arrange"),
-        ({"solver": ["place=x", "place=y"]}, "--solver place=y contradicts place=x"),
+        ({"solver": ["plaec=x"]}, "--solver plaec is not one of configure, place, migrate"),
+        ({"solver": ["place=in_order", "place=hungarian"]}, "--solver place=hungarian contradicts place=in_order"),
         ({"model": ""}, "MODEL  is empty"),
         ({"trace": "/nowhere/trace"}, "--trace /nowhere/trace is not a file"),
         ({"host": "0.0.0.0"}, "--host 0.0.0.0 is not loopback and there is no API key"),
@@ -218,7 +219,7 @@ def test_config_file_by_variable(tmp_path: Path) -> None:
         ("deterministic = 3\n", "deterministic 3 is neither true nor false"),
         ("host = 3\n", "host 3 is not a text"),
         ("fresh = true\n", "fresh is not a setting"),
-        ("[solver]\nplace = 3\n", "solver place=3 names no solver"),
+        ("[solver]\nplace = 3\n", "solver place=3 is not one of assignment, hungarian, in_order"),
     ],
 )
 def test_refuses_files(tmp_path: Path, text: str, words: str) -> None:
@@ -236,10 +237,15 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_solver_table(tmp_path: Path) -> None:
     """Tests that the file may list solvers as a table and a flag as several kind=name."""
-    file = toml(tmp_path, '[solver]\nplace = "makespan"\nmigrate = "greedy"\n')
-    expected = {"place": "makespan", "migrate": "greedy"}
+    file = toml(tmp_path, '[solver]\nplace = "in_order"\nmigrate = "layered"\n')
+    expected = {"place": "in_order", "migrate": "layered"}
     assert expected == options(config_file=file).solvers
-    assert expected == options({"solver": ["place=makespan", "migrate=greedy"]}).solvers
+    assert expected == options({"solver": ["place=in_order", "migrate=layered"]}).solvers
+
+
+def test_names_are_those_of_the_registry() -> None:
+    """Tests that the command line knows exactly the policies and solvers that there are."""
+    assert (POLICIES, SOLVERS) == (POLICY_NAMES, SOLVER_NAMES)
 
 
 def test_secrets_are_not_told(tmp_path: Path) -> None:

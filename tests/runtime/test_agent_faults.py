@@ -243,9 +243,7 @@ def test_commands_are_executed_once_and_bounded_by_memory(play: Play) -> None:
         assert 0 == (await cluster.probe(I0))["memory_bytes"]
         assert refused == await cluster.ask(I0, reserve("big", kv_blocks=1))
         assert (await cluster.ask(I0, reserve("small", kv_blocks=4))).ok
-        foreign = LoadWeightsCommand(
-            term=1, command="load", epoch=1, replica=ReplicaId("r1"), generation=1, slices=()
-        )
+        foreign = LoadWeightsCommand(term=1, command="load", epoch=1, replica=ReplicaId("r1"), generation=1, slices=())
         assert {"bytes": 0} == (await cluster.ask(I0, foreign)).result
 
     play(scenario)

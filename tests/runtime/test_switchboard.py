@@ -237,7 +237,9 @@ def test_messages_wait_for_the_next_coordinator_and_orphans_end() -> None:
         worker = Worker(first.port)
         await first.events.get()
         await first.stop()
-        await asyncio.sleep(0.5)  # What is said before the break is noticed may be lost, and is said again by the agent.
+        await asyncio.sleep(
+            0.5
+        )  # What is said before the break is noticed may be lost, and is said again by the agent.
         worker.link.send(SelfNotice(grace_s=1.0))
         second = Switchboard(secret=SECRET, term=3, greet=greet)
         await second.start("127.0.0.1", first.port)

@@ -184,3 +184,11 @@ def test_stop_finishes_what_is_running() -> None:
     stage.play(60.0)
     check_streams(stage.world)
     assert stage.service == "stopped"
+
+
+def test_stop_with_nothing_running_stops_at_once() -> None:
+    """Tests that a stop of an idle service takes one step from serving to stopped."""
+    stage = Stage()
+    stage.world.at(3.5, lambda at_s: ev.StopRequested(at_s=at_s, drain_s=30.0))
+    stage.play(4.0)
+    assert stage.service == "stopped"

@@ -122,7 +122,7 @@ def test_running_shape_stays() -> None:
 def test_overload_takes_the_most_throughput() -> None:
     """Tests that when nothing serves the load the choice is within 5 % of the most throughput."""
     spec = tiny_spec()
-    rows = tabulate(spec, memory=[3 * MIB] * 6, workload=Workload(64, 32, 1e6), intact=())
+    rows = tabulate(spec, memory=[8 * MIB] * 6, workload=Workload(64, 32, 1e6), intact=())
     choice = configure(spec, rows, load_rps=1e6, solver="enumerate")
     assert choice.candidate is not None
     assert choice.candidate.unserved == 1

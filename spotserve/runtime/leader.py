@@ -1,0 +1,436 @@
+"""The leader of a replica: takes requests, schedules micro-batches, commits tokens and speaks for all ranks.
+
+It owns the batcher and all that is asked of the replica: requests, closings, a quiesce are posted to its thread and done
+between micro-batches. With P stages up to P micro-batches are out, so that it works on one while the last stage samples
+another. A token leaves as soon as it is committed; what the ledger has not is kept to be said again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from spotserve.core.batching import Batcher, BatchItem, BatchLimits, MicroBatch, SequenceKey
+from spotserve.core.batching import Sequence as BatchedSequence
+from spotserve.core.ids import RequestId
+from spotserve.core.sampling import SamplingParameters
+from spotserve.core.wire import (
+    ChoiceContent,
+    ChoicePosition,
+    Evicted,
+    FinishReason,
+    RequestContent,
+    TokenRun,
+    Tokens,
+    WorkerMessage,
+)
+from spotserve.errors import InvariantError, MeshError, SpotServeError
+from spotserve.runtime.descriptor import Adopt, Descriptor, Free, Missing, Run, RunItem, Sampled, Stop, decode, encode
+from spotserve.runtime.replica_loop import ReplicaLoop, StageRunner
+
+Result = TypeVar("Result")
+
+
+class ReplicaEndedError(SpotServeError):
+    """The replica's loop is over: released or broken."""
+
+    code = "SPS-195"
+
+
+@dataclass(slots=True)
+class _Choice:
+    """One choice as the leader knows it, kept past its end until the ledger has all of it."""
+
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParameters
+    token_ids: list[int]
+    num_durable: int
+    finish_reason: FinishReason | None = None
+    announced: SequenceKey | None = None
+    """The key under which the ranks know its sampling parameters."""
+
+    def known_ids(self, start: int, stop: int) -> tuple[int, ...]:
+        """Token ids at absolute positions [start, stop)."""
+        prompt = self.prompt_ids[start:stop]
+        first = max(0, start - len(self.prompt_ids))
+        return (*prompt, *self.token_ids[first : max(0, stop - len(self.prompt_ids))])
+
+
+@dataclass(slots=True)
+class QuiesceReport:
+    """Where every open choice stands once nothing is in flight."""
+
+    positions: tuple[ChoicePosition, ...]
+    iterations: int
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a probe is told."""
+
+    positions: tuple[ChoicePosition, ...] = ()
+    free_blocks: int = 0
+    iterations: int = 0
+    prefilled_tokens: int = 0
+    evictions: int = 0
+
+
+@dataclass(slots=True)
+class _Mail:
+    action: Callable[[], Any]
+    reply: Future[Any] = field(default_factory=Future)
+
+
+class Leader(ReplicaLoop):
+    """Schedules, commits and speaks for the replica. Public methods may be called from any thread."""
+
+    def __init__(self, runner: StageRunner, limits: BatchLimits, send: Callable[[WorkerMessage], None]) -> None:
+        super().__init__(runner, send)
+        self._batcher = Batcher(limits)
+        self._choices: dict[tuple[RequestId, int], _Choice] = {}
+        self._mailbox: queue.SimpleQueue[_Mail] = queue.SimpleQueue()
+        self._mail_lock = threading.Lock()
+        self._is_over = False
+        self._batches: dict[int, MicroBatch] = {}
+        self._quiesces: list[Future[QuiesceReport]] = []
+        self._is_quiesced = False
+
+    @property
+    def is_quiesced(self) -> bool:
+        """Whether it stands still after a quiesce."""
+        return self._is_quiesced
+
+    # Asked by the agent
+
+    def admit(self, requests: Sequence[RequestContent], *, is_exclusive: bool = False) -> Future[None]:
+        """Run requests; with `is_exclusive` (at the start) KV of any other sequence is freed."""
+        return self._post(lambda: self._admit(requests, is_exclusive=is_exclusive))
+
+    def close(self, request: RequestId, choice: int | None) -> Future[None]:
+        """Stop generating and free; unknown is fine."""
+        return self._post(lambda: self._close(request, choice))
+
+    def set_durable(self, positions: Sequence[tuple[RequestId, int, int]]) -> None:
+        """What the ledger holds."""
+        self._post(lambda: self._set_durable(positions))
+
+    def resend(self, positions: Sequence[tuple[RequestId, int, int]] | None = None) -> None:
+        """Say again every token past these counts; None: past what is known to be durable."""
+        self._post(lambda: self._resend(positions))
+
+    def quiesce(self) -> Future[QuiesceReport]:
+        """Stop scheduling; the report comes when nothing is in flight, after all tokens were sent."""
+        report: Future[QuiesceReport] = Future()
+        posted = self._post(lambda: self._quiesce(report))
+        posted.add_done_callback(lambda done: _pass_failure(done, report))
+        return report
+
+    def resume(self) -> Future[None]:
+        """Go on after a quiesce."""
+        return self._post(self._resume)
+
+    def progress(self) -> Future[Progress]:
+        """Positions and counters now."""
+        return self._post(self._progress)
+
+    def _post(self, action: Callable[[], Result]) -> Future[Result]:
+        mail = _Mail(action)
+        with self._mail_lock:
+            if not self._is_over:
+                self._mailbox.put(mail)
+                return mail.reply
+        mail.reply.set_exception(ReplicaEndedError(f"replica {self.place.replica} does not run here any more"))
+        return mail.reply
+
+    # The loop
+
+    def _wake(self) -> None:
+        self._post(lambda: None)
+
+    def _iterate(self) -> None:
+        while not self._is_stopping:
+            self._read_mail(wait=False)
+            while self._batches and self.place.num_ranks > 1 and self._mesh.poll_control(self.place.sampler):
+                self._collect()
+            batch = self._batcher.schedule()
+            self._tell_evictions()
+            if batch is not None:
+                self._issue(batch)
+            elif self._batches:
+                self._collect()
+            else:
+                self._rest()
+        with contextlib.suppress(MeshError):  # Followers that were released before the leader are gone.
+            self._tell(Stop())
+
+    def _rest(self) -> None:
+        """Nothing is in flight and nothing to do: answer a quiesce, tell what was freed, wait for mail."""
+        for report in self._quiesces:
+            report.set_result(QuiesceReport(self._batcher.positions(), self._batcher.num_iterations))
+        self._is_quiesced = self._is_quiesced or bool(self._quiesces)
+        self._quiesces.clear()
+        self._flush_freed()
+        self._read_mail(wait=True)
+
+    def _flush_freed(self) -> None:
+        freed = tuple(self._batcher.take_freed())
+        if freed:
+            self._runner.free(freed)
+            self._tell(Free(freed))
+
+    def _read_mail(self, *, wait: bool) -> None:
+        while True:
+            try:
+                mail = self._mailbox.get(block=wait)
+            except queue.Empty:
+                return
+            wait = False
+            if not mail.reply.set_running_or_notify_cancel():
+                continue
+            try:
+                mail.reply.set_result(mail.action())
+            except MeshError as error:
+                mail.reply.set_exception(error)
+                raise
+            except SpotServeError as error:
+                mail.reply.set_exception(error)
+
+    def _issue(self, batch: MicroBatch) -> None:
+        """Send a micro-batch round and compute our own stage of it."""
+        run = self._describe(batch)
+        self._tell(run)
+        self._batches[batch.number] = batch
+        tokens = self._runner.run(run)
+        if tokens is not None:
+            self._commit(Sampled(batch.number, tokens))
+        elif self.place.pipeline == 1:
+            raise InvariantError("the leader of a one-stage replica did not sample")
+
+    def _describe(self, batch: MicroBatch) -> Run:
+        items = []
+        admitted = []
+        for item in batch.items:
+            choice = self._choices[(item.key.request, item.key.choice)]
+            if choice.announced != item.key:
+                choice.announced = item.key
+                admitted.append((item.key, choice.sampling))
+            items.append(self._run_item(item, choice))
+        return Run(batch.number, tuple(self._batcher.take_freed()), tuple(admitted), tuple(items))
+
+    def _run_item(self, item: BatchItem, choice: _Choice) -> RunItem:
+        return RunItem(
+            key=item.key,
+            start=item.start,
+            count=item.count,
+            position=len(choice.token_ids) if item.samples else None,
+            token_ids=choice.known_ids(item.start, item.start + item.count),
+        )
+
+    def _collect(self) -> None:
+        """The tokens of the oldest micro-batch, from the sampler."""
+        answer = decode(self._mesh.recv_control(self.place.sampler, None))
+        if not isinstance(answer, Sampled):
+            raise InvariantError(f"sampler sent {type(answer).__name__}")
+        self._commit(answer)
+
+    def _commit(self, sampled: Sampled) -> None:
+        batch = self._batches.pop(sampled.number)
+        sampling = [item for item in batch.items if item.samples]
+        tokens = dict(zip((item.key for item in sampling), sampled.token_ids, strict=True))
+        open_keys = {key for key in tokens if self._batcher.is_open(key)}
+        stopped = {key for key, token in tokens.items() if self._is_stop(key, token)}
+        outcome = self._batcher.commit(batch.number, stopped)
+        runs = []
+        for key, token in tokens.items():
+            if key not in open_keys:
+                continue  # Closed while it was in flight.
+            choice = self._choices[(key.request, key.choice)]
+            if key in stopped:
+                choice.finish_reason = "stop"
+            elif key in outcome.at_length:
+                choice.finish_reason = "length"
+            runs.append(self._token_run(key, len(choice.token_ids), (token,), choice.finish_reason))
+            choice.token_ids.append(token)
+        self._send_runs(runs)
+
+    def _is_stop(self, key: SequenceKey, token: int) -> bool:
+        choice = self._choices.get((key.request, key.choice))
+        if choice is None:
+            return False
+        return not choice.sampling.ignore_eos and token in choice.sampling.stop_token_ids
+
+    # What the mail says
+
+    def _admit(self, requests: Sequence[RequestContent], *, is_exclusive: bool) -> None:
+        new = [
+            (request, content)
+            for request in requests
+            for content in request.choices
+            if (request.request, content.choice) not in self._choices
+        ]
+        missing = self._adopt(new, is_exclusive=is_exclusive)
+        failed = []
+        for request, content in new:
+            name = (request.request, content.choice)
+            self._choices[name] = _Choice(
+                prompt_ids=request.prompt_ids,
+                sampling=request.sampling,
+                token_ids=list(content.token_ids),
+                num_durable=len(content.token_ids),
+            )
+            if not self._batcher.fits(prompt_tokens=len(request.prompt_ids), max_tokens=request.sampling.max_tokens):
+                self._choices[name].finish_reason = "error"
+                key = SequenceKey(request.request, content.choice, content.kv_generation)
+                failed.append(self._token_run(key, len(content.token_ids), (), "error"))
+                continue
+            self._batcher.admit(_sequence(request, content))
+            if SequenceKey(request.request, content.choice, content.kv_generation) in missing:
+                self._batcher.drop_kv(request.request, content.choice)
+        self._send_runs(failed)
+        self._tell_evictions()
+
+    def _adopt(self, new: Sequence[tuple[RequestContent, ChoiceContent]], *, is_exclusive: bool) -> set[SequenceKey]:
+        """Have every rank take over the KV that was copied in; returns what any of them lacks."""
+        sequences = tuple(
+            (SequenceKey(request.request, content.choice, content.kv_generation), content.kv_tokens)
+            for request, content in new
+            if content.kv_tokens
+        )
+        if not sequences and not is_exclusive:
+            return set()
+        while self._batches:  # The answers must be the next thing the followers say.
+            self._collect()
+        adopt = Adopt(sequences, is_exclusive)
+        self._tell(adopt)
+        missing = set(self._runner.adopt(adopt).keys)
+        for rank in range(1, self.place.num_ranks):
+            answer = decode(self._mesh.recv_control(rank, None))
+            if not isinstance(answer, Missing):
+                raise InvariantError(f"rank {rank} sent {type(answer).__name__}")
+            missing.update(answer.keys)
+        return missing
+
+    def _close(self, request: RequestId, choice: int | None) -> None:
+        self._batcher.close(request, choice)
+        for name in [name for name in self._choices if name[0] == request and choice in (None, name[1])]:
+            del self._choices[name]
+
+    def _set_durable(self, positions: Sequence[tuple[RequestId, int, int]]) -> None:
+        for request, choice_index, num_tokens in positions:
+            self._batcher.set_durable(request, choice_index, num_tokens)
+            choice = self._choices.get((request, choice_index))
+            if choice is None:
+                continue
+            choice.num_durable = max(choice.num_durable, num_tokens)
+            # An error's end has no token that could become durable: it is kept until the close.
+            if choice.finish_reason in ("stop", "length") and choice.num_durable >= len(choice.token_ids):
+                del self._choices[(request, choice_index)]
+
+    def _resend(self, positions: Sequence[tuple[RequestId, int, int]] | None) -> None:
+        known = {(request, choice): count for request, choice, count in positions or ()}
+        runs = []
+        for (request, index), choice in sorted(self._choices.items()):
+            start = min(known.get((request, index), choice.num_durable), len(choice.token_ids))
+            if (request, index) in known:
+                choice.num_durable = start
+            if start < len(choice.token_ids) or choice.finish_reason is not None:
+                key = SequenceKey(request, index, 0)
+                runs.append(self._token_run(key, start, tuple(choice.token_ids[start:]), choice.finish_reason))
+        self._send_runs(runs)
+
+    def _quiesce(self, report: Future[QuiesceReport]) -> None:
+        self._batcher.pause()
+        self._quiesces.append(report)
+
+    def _resume(self) -> None:
+        self._batcher.resume()
+        self._is_quiesced = False
+
+    def _progress(self) -> Progress:
+        batcher = self._batcher
+        return Progress(
+            positions=batcher.positions(),
+            free_blocks=batcher.free_blocks,
+            iterations=batcher.num_iterations,
+            prefilled_tokens=batcher.num_prefilled_tokens,
+            evictions=batcher.num_evictions,
+        )
+
+    # Words
+
+    def _tell(self, descriptor: Descriptor) -> None:
+        if self.place.num_ranks == 1:
+            return
+        payload = encode(descriptor)
+        for rank in range(1, self.place.num_ranks):
+            self._mesh.send_control(rank, payload)
+
+    def _tell_evictions(self) -> None:
+        for key in self._batcher.take_evicted():
+            self._send(
+                Evicted(
+                    replica=self.place.replica,
+                    generation=self.place.generation,
+                    request=key.request,
+                    choice=key.choice,
+                    kv_generation=key.kv_generation,
+                )
+            )
+
+    def _token_run(
+        self, key: SequenceKey, position: int, token_ids: tuple[int, ...], finish_reason: FinishReason | None
+    ) -> TokenRun:
+        return TokenRun(
+            request=key.request,
+            choice=key.choice,
+            position=position,
+            token_ids=token_ids,
+            finish_reason=finish_reason,
+        )
+
+    def _send_runs(self, runs: Sequence[TokenRun]) -> None:
+        if runs:
+            self._send(Tokens(replica=self.place.replica, generation=self.place.generation, runs=tuple(runs)))
+
+    def _finish(self) -> None:
+        """Nobody answers mail any more."""
+        with self._mail_lock:
+            self._is_over = True
+        ended = ReplicaEndedError(f"replica {self.place.replica} does not run here any more")
+        while True:
+            try:
+                mail = self._mailbox.get(block=False)
+            except queue.Empty:
+                break
+            if mail.reply.set_running_or_notify_cancel():
+                mail.reply.set_exception(ended)
+        for report in self._quiesces:
+            report.set_exception(ended)
+        self._quiesces.clear()
+
+
+def _sequence(request: RequestContent, content: ChoiceContent) -> BatchedSequence:
+    known = len(request.prompt_ids) + len(content.token_ids)
+    return BatchedSequence(
+        request=request.request,
+        choice=content.choice,
+        kv_generation=content.kv_generation,
+        arrival_index=request.arrival_index,
+        prompt_tokens=len(request.prompt_ids),
+        max_tokens=request.sampling.max_tokens,
+        num_tokens=len(content.token_ids),
+        # The last known token is the next input, so its KV is never in place.
+        kv_tokens=min(content.kv_tokens, known - 1),
+        durable_tokens=len(content.token_ids),
+    )
+
+
+def _pass_failure(done: Future[Any], report: Future[QuiesceReport]) -> None:
+    error = done.exception()
+    if error is not None and not report.done():
+        report.set_exception(error)

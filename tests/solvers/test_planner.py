@@ -1,0 +1,286 @@
+"""The plan builder: each policy and mode by example, and any cluster in any trouble judged by the checker."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spotserve.core.canonical import canonical_json
+from spotserve.core.check import check_plan
+from spotserve.core.plan import CopyKv, CopyWeights, LoadWeights, Plan, Quiesce, Release, Trigger
+from spotserve.errors import SpecError
+from spotserve.solvers.planner import answer, make_plan, serve
+from tests.planning_worlds import (
+    KIB,
+    MIB,
+    kinds,
+    lost,
+    notice,
+    random_problem,
+    request,
+    running_problem,
+    tiny_spec,
+    with_memory,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def layout(plan: Plan) -> dict[str, list[list[str]]]:
+    """GPUs of each stage of each replica."""
+    return {one.id: [list(stage.gpus) for stage in one.stages] for one in plan.target.replicas}
+
+
+def actions(plan: Plan) -> list[str]:
+    """What becomes of the requests."""
+    return [action.action for action in plan.requests]
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_checker_finds_nothing(seed: int) -> None:
+    """Tests that whatever the cluster and the trouble, the independent checker has no finding."""
+    plan = make_plan(random_problem(seed))
+    assert () == check_plan(plan)
+
+
+def test_notice_moves_requests_to_the_replica_that_stays() -> None:
+    """Tests that an untouched replica takes a doomed one's requests with their KV and copies no weight."""
+    plan = make_plan(running_problem(tiny_spec(), shape=(2, 2, 1), memory_bytes=3 * MIB, trigger=notice("i2")))
+    assert {"r3.1": [["i0/0"], ["i1/0"]]} == layout(plan)
+    assert ["move", "move"] == actions(plan)
+    assert {"copy_kv", "quiesce", "copy_kv_delta", "commit", "release"} == set(kinds(plan))
+    assert [("i2/0", "i0/0"), ("i3/0", "i1/0")] == [
+        (step.source, step.destination) for step in plan.steps if isinstance(step, CopyKv)
+    ]
+
+
+def test_spare_takes_over_a_stage() -> None:
+    """Tests that a spare gets the doomed stage's weights from it, and the stage that stays is not copied."""
+    problem = running_problem(
+        tiny_spec(), shape=(1, 2, 1), memory_bytes=4 * MIB, trigger=notice("i1"), spare=1, kv_blocks=20
+    )
+    plan = make_plan(problem)
+    assert ("live", {"r4": [["i0/0"], ["i2/0"]]}) == (plan.mode, layout(plan))
+    assert [("i1/0", "i2/0", "holder_doomed")] == [
+        (step.source, step.destination, step.reason) for step in plan.steps if isinstance(step, CopyWeights)
+    ]
+
+
+def test_loss_recomputes() -> None:
+    """Tests that without notice no KV is copied, nothing is quiesced, and the requests are computed again."""
+    plan = make_plan(running_problem(tiny_spec(), shape=(2, 2, 1), memory_bytes=3 * MIB, trigger=lost("i1")))
+    assert ["commit", "recompute", "release"] == kinds(plan)
+    assert ["recompute", "recompute"] == actions(plan)
+    assert plan.complete
+
+
+def test_join_forms_a_replica_from_its_peers() -> None:
+    """Tests that two blank GPUs become a second replica whose weights come from the first, which is not stopped."""
+    trigger = Trigger.model_validate({"kind": "joined", "instances": ["i3"]})
+    plan = make_plan(running_problem(tiny_spec(), shape=(1, 2, 1), memory_bytes=3 * MIB, trigger=trigger, spare=2))
+    assert {"r3.1": [["i0/0"], ["i1/0"]], "r4": [["i2/0"], ["i3/0"]]} == layout(plan)
+    assert ["reserve", "reserve", "copy_weights", "copy_weights", "join_group", "commit", "activate"] == kinds(plan)
+
+
+def test_first_placement_loads_from_storage() -> None:
+    """Tests that a cluster without replicas gets them by reserve, load, join, commit, activate."""
+    problem = running_problem(
+        tiny_spec(), shape=(1, 1, 1), memory_bytes=3 * MIB, trigger=Trigger(kind="start"), spare=3, requests_each=0
+    )
+    world = problem.snapshot.world.model_copy(update={"replicas": (), "holdings": (), "epoch": 0})
+    snapshot = problem.snapshot.model_copy(update={"world": world})
+    for policy in ("live", "reroute", "reparallelize"):
+        spec = tiny_spec(policy=policy)
+        plan = make_plan(problem.model_copy(update={"spec": spec, "snapshot": snapshot, "epoch_to": 1}))
+        assert ("live", {1}) == (plan.mode, {one.generation for one in plan.target.replicas})
+        assert ["reserve", "load_weights", "join_group", "commit", "activate"] == list(dict.fromkeys(kinds(plan)))
+        assert () == check_plan(plan)
+
+
+def test_nothing_fits() -> None:
+    """Tests that with one GPU too few the plan has no target, keeps serving to the last moment, and says it waits."""
+    plan = make_plan(
+        running_problem(tiny_spec(), shape=(1, 2, 1), memory_bytes=2 * MIB, trigger=notice("i0"), kv_blocks=16)
+    )
+    assert ((), False, True, "infeasible") == (
+        plan.target.replicas,
+        plan.complete,
+        plan.applyable,
+        plan.solver["configure"].status,
+    )
+    (stop,) = [step for step in plan.steps if isinstance(step, Quiesce)]
+    assert stop.latest_s == stop.not_before_s
+    assert 20 < stop.not_before_s < 30
+    assert [("recompute", None)] * 2 == [(action.action, action.to_replica) for action in plan.requests]
+
+
+def test_nothing_to_do() -> None:
+    """Tests that a load that the running layout serves makes an empty plan that cannot be applied."""
+    problem = running_problem(tiny_spec(), shape=(2, 2, 1), memory_bytes=3 * MIB, trigger=Trigger(kind="load"))
+    for policy in ("live", "reroute", "reparallelize"):
+        plan = make_plan(problem.model_copy(update={"spec": tiny_spec(policy=policy)}))
+        assert ((), False, True) == (plan.steps, plan.applyable, plan.complete)
+
+
+def test_too_many_requests_for_the_target() -> None:
+    """Tests that those furthest along move while B holds them, the rest finishes in time or is recomputed."""
+    problem = running_problem(
+        tiny_spec(max_running=4), shape=(2, 2, 1), memory_bytes=3 * MIB, trigger=notice("i2"), requests_each=3
+    )
+    old = problem.snapshot.world.replicas[1]
+    extra = request(900, old, tokens=190), request(901, old, tokens=3, max_tokens=100_000)
+    snapshot = problem.snapshot.model_copy(update={"requests": (*problem.snapshot.requests, *extra)})
+    plan = make_plan(problem.model_copy(update={"snapshot": snapshot}))
+    by_name = {action.request[-3:].lstrip("0"): action.action for action in plan.requests}
+    assert by_name["384"] == "move"
+    assert by_name["385"] == "recompute"
+    assert ["finish", "finish", "finish", "move", "recompute"] == sorted(actions(plan))
+    (stop,) = [step for step in plan.steps if isinstance(step, Quiesce)]
+    assert 0 < stop.not_before_s < (stop.latest_s or 0)
+
+
+def test_short_grace_steps_down_the_ladder() -> None:
+    """Tests that KV is dropped as the grace period shrinks: all of it, some of it, none; survivors' weights last."""
+    rungs = []
+    for remaining_s in (30.0, 1.6, 0.7, 0.0):
+        problem = running_problem(
+            tiny_spec(link_bytes_per_s=1e6, max_running=8),
+            shape=(2, 2, 1),
+            memory_bytes=5 * MIB,
+            trigger=notice("i2", remaining_s=remaining_s),
+            requests_each=4,
+            kv_blocks=60,
+        )
+        plan = make_plan(problem)
+        assert () == check_plan(plan)
+        rungs.append((plan.fallback[0], actions(plan).count("move")))
+    assert [rung for rung, _ in rungs] == ["all_kv", "hottest_kv", "hottest_kv", "tokens_only"]
+    assert sorted((moved for _, moved in rungs), reverse=True) == [moved for _, moved in rungs]
+    assert rungs[0][1] == 4
+
+
+def test_no_grace_reads_no_doomed_worker() -> None:
+    """Tests that with no time left nothing is read from the doomed instance, storage is the source."""
+    problem = running_problem(
+        tiny_spec(), shape=(1, 2, 1), memory_bytes=4 * MIB, trigger=notice("i1", remaining_s=0.0), spare=1, kv_blocks=20
+    )
+    plan = make_plan(problem)
+    assert not any(getattr(step, "source", None) == "i1/0" for step in plan.steps)
+    assert [("i2/0",)] == [step.workers for step in plan.steps if isinstance(step, LoadWeights)]
+
+
+def test_reroute_keeps_the_shape_and_loses_kv() -> None:
+    """Tests that rerouting drops the hit replica, builds one of idle GPUs from storage, and copies nothing."""
+    problem = running_problem(
+        tiny_spec(policy="reroute"), shape=(2, 2, 1), memory_bytes=4 * MIB, trigger=notice("i2"), spare=1, kv_blocks=16
+    )
+    plan = make_plan(problem)
+    assert {"r3.1": [["i0/0"], ["i1/0"]], "r4": [["i4/0"], ["i3/0"]]} == layout(plan)
+    assert not {"copy_weights", "copy_kv"} & set(kinds(plan))
+    assert ["recompute", "recompute"] == actions(plan)
+    assert ("tokens_only",) == plan.fallback
+    assert () == check_plan(plan)
+
+
+def test_reparallelize_restarts_everything() -> None:
+    """Tests that the restart stops every replica first, replaces all, and loads all weights from storage."""
+    problem = running_problem(
+        tiny_spec(policy="reparallelize"), shape=(2, 2, 1), memory_bytes=3 * MIB, trigger=notice("i2")
+    )
+    plan = make_plan(problem)
+    assert ("in_place", {4}) == (plan.mode, {one.generation for one in plan.target.replicas})
+    assert ["quiesce", "quiesce", "commit"] == kinds(plan)[:3]
+    assert not {"copy_weights", "copy_kv"} & set(kinds(plan))
+    loaded = sum(step.bytes for step in plan.steps if isinstance(step, LoadWeights))
+    assert (
+        loaded
+        == sum(step.bytes for step in plan.steps if isinstance(step, Release)) - 4 * 40 * 16 * 2 * 4 * 4 * 8 * 4 - 0
+        or loaded > 2 * MIB
+    )
+    assert ["recompute"] * 4 == actions(plan)
+    assert () == check_plan(plan)
+
+
+@pytest.mark.parametrize("migrate", ["maxflow", "layered"])
+def test_short_memory_stops_first(migrate: str) -> None:
+    """Tests that where old and new do not fit side by side the plan is in_place, and the checker follows its peak."""
+    spec = tiny_spec(solvers={"migrate": migrate}, max_model_len=128, pipeline=2, tensor=1)
+    problem = running_problem(
+        spec, shape=(1, 2, 1), memory_bytes=4 * MIB, trigger=notice("i1"), spare=1, kv_blocks=8, requests_each=1
+    )
+    plan = make_plan(with_memory(problem, 1400 * KIB))
+    assert ("in_place", True) == (plan.mode, plan.complete)
+    assert ["quiesce", "commit"] == kinds(plan)[:2]
+    assert () == check_plan(plan)
+
+
+def test_layers_move_one_by_one_with_their_kv() -> None:
+    """Tests Algorithm 2 where it can keep KV: copies, then weights with releases between them, all after the commit."""
+    spec = tiny_spec(solvers={"migrate": "layered"}, max_model_len=64, pipeline=1, tensor=2)
+    problem = running_problem(
+        spec, shape=(1, 2, 1), memory_bytes=8 * MIB, trigger=Trigger(kind="load"), kv_blocks=5, requests_each=1
+    )
+    plan = make_plan(with_memory(problem, 1450 * KIB))
+    assert "in_place" == plan.mode
+    assert () == check_plan(plan)
+    order = kinds(plan)
+    if "copy_kv" in order:
+        assert max(i for i, kind in enumerate(order) if kind == "copy_kv") < order.index("copy_weights")
+    first_release = order.index("release")
+    assert "copy_weights" in order[first_release:]
+
+
+def test_same_problem_same_bytes_in_any_process() -> None:
+    """Tests that three processes with different hash seeds write the same plan."""
+    problem = running_problem(tiny_spec(), shape=(2, 2, 1), memory_bytes=3 * MIB, trigger=notice("i2"), spare=1)
+    line = canonical_json(problem)
+    plans = set()
+    for seed in ("0", "1", "42"):
+        done = subprocess.run(
+            [sys.executable, "-m", "spotserve.solvers.planner"],
+            input=line,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            check=True,
+        )
+        plans.add(canonical_json(json.loads(done.stdout)["plan"]))
+    assert {canonical_json(make_plan(problem))} == plans
+
+
+def test_planner_process_answers_every_line() -> None:
+    """Tests that a malformed or refused problem is answered with an error and the next one with its plan."""
+    good = running_problem(tiny_spec(), shape=(1, 2, 1), memory_bytes=3 * MIB, trigger=notice("i1"), spare=1)
+    refused = good.model_copy(update={"spec": tiny_spec(policy="life")})
+    answers = io.StringIO()
+    serve(io.StringIO("{}\n\n" + canonical_json(refused) + canonical_json(good)), answers)
+    malformed, unknown, planned = [json.loads(line) for line in answers.getvalue().splitlines()]
+    assert malformed["error"]["code"] == "SPS-100"
+    assert "did you mean live?" == unknown["error"]["hint"]
+    assert Plan.model_validate(planned["plan"]) == make_plan(good)
+
+
+def test_unknown_solver_is_refused() -> None:
+    """Tests that a solver name that is not known is an error with the nearest one, not a silent default."""
+    problem = running_problem(
+        tiny_spec(solvers={"place": "hungary"}), shape=(1, 2, 1), memory_bytes=3 * MIB, trigger=notice("i1")
+    )
+    with pytest.raises(SpecError, match="place solver 'hungary' is not known") as refused:
+        make_plan(problem)
+    assert "did you mean hungarian?" == refused.value.hint
+    assert "hungary" in answer(canonical_json(problem))
+
+
+def test_epoch_numbers_names() -> None:
+    """Tests that several new replicas are numbered under their epoch and carry it as generation."""
+    trigger = Trigger.model_validate({"kind": "joined", "instances": ["i2"]})
+    plan = make_plan(running_problem(tiny_spec(), shape=(1, 2, 1), memory_bytes=3 * MIB, trigger=trigger, spare=4))
+    assert ["r3.1", "r4.1", "r4.2"] == [one.id for one in plan.target.replicas]
+    assert {4} == {one.generation for one in plan.target.replicas[1:]}
