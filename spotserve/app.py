@@ -129,7 +129,7 @@ class Daemon:
     @classmethod
     async def build(cls, options: RunOptions, folder: Path, state_dir: StateDir) -> Daemon:
         """Bring up everything but the workers; nothing is left half-started when this raises."""
-        trace = None if options.trace is None else read_trace(Path(options.trace))
+        trace = None if options.trace is None else read_trace(Path(options.trace), living=options.instances)
         codec = TextCodec.load(folder)
         forkserver, spec = await asyncio.gather(
             asyncio.to_thread(ForkServer.start, log=state_dir.logs_path / "forkserver.log"),
@@ -177,7 +177,7 @@ class Daemon:
             info=_model_info(options, spec, folder),
             continued=opened.continued and controller.state.spec is not None,
         )
-        daemon.player = None if trace is None else TracePlayer(trace, daemon)
+        daemon.player = None if trace is None else TracePlayer(trace, daemon, played_s=began_s)
         return daemon
 
     # Running

@@ -35,18 +35,24 @@ class Stage(Protocol):
 
 
 class TracePlayer:
-    """Acts on each event of a trace at its time, counted from the first `serving`."""
+    """Acts on each event of a trace at its time, counted from the first `serving`.
 
-    def __init__(self, trace: Trace, stage: Stage) -> None:
+    `played_s` is how much of it an earlier coordinator of the same journal has played.
+    """
+
+    def __init__(self, trace: Trace, stage: Stage, *, played_s: float = 0.0) -> None:
         self._trace = trace
         self._stage = stage
+        self._played_s = played_s
 
     async def play(self) -> None:
         """Run to the end of the trace."""
         while not self._stage.ready:
             await asyncio.sleep(0.02)
-        began_s = time.monotonic()
+        began_s = time.monotonic() - self._played_s
         for event in self._trace.events:
+            if event.at_s < self._played_s:
+                continue
             await asyncio.sleep(max(0.0, event.at_s - (time.monotonic() - began_s)))
             log.info("trace_event", kind=event.kind, at_s=event.at_s, instances=list(event.instances))
             try:

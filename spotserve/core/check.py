@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from spotserve.core.canonical import digest
 from spotserve.core.check_content import (
+    check_bytes,
     check_kv,
     check_layout,
     check_memory,
@@ -58,6 +59,7 @@ MEANING_RULES: tuple[Rule, ...] = (
     check_memory,
     check_mode,
     check_deadline,
+    check_bytes,
 )
 
 

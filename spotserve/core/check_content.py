@@ -62,34 +62,26 @@ def _identity(facts: Facts, replica: Replica, path: str) -> Iterator[Finding]:
 
 
 def check_slices(facts: Facts) -> Iterator[Finding]:
-    """Every slice names a range that the parameter table has, and byte counts are those of the slices."""
+    """Every slice names a range that the parameter table has."""
     whole = stage_shard(facts.model, layers=(0, facts.model.num_layers), tensor=1, rank=0)
     table = dict(concrete_parameters(facts.model, whole))
     for number, step in enumerate(facts.plan.steps):
         if not isinstance(step, CopyWeights | LoadWeights | Release):
             continue
-        bad = False
         for piece in step.slices:
             parameter = table.get(piece.parameter)
-            if (
-                parameter is None
-                or parameter.dim != piece.dim
-                or not 0 <= piece.start < piece.stop <= parameter.shape[piece.dim]
-            ):
-                bad = True
-                yield Finding(
-                    code="corrupt",
-                    step=step.id,
-                    path=f"steps[{number}].slices",
-                    message=f"the parameter table has no {piece.parameter}[{piece.dim}: {piece.start}, {piece.stop})",
-                )
-        if not bad and not isinstance(step, Release) and step.bytes != facts.slice_bytes(step.slices):
-            yield Finding(
-                code="corrupt",
-                step=step.id,
-                path=f"steps[{number}].bytes",
-                message=f"{step.bytes} bytes are claimed, the slices have {facts.slice_bytes(step.slices)}",
-            )
+            extent = 0 if parameter is None or parameter.dim != piece.dim else parameter.shape[piece.dim]
+            if not 0 <= piece.start < piece.stop <= extent:
+                message = f"the parameter table has no {piece.parameter}[{piece.dim}: {piece.start}, {piece.stop})"
+                yield Finding(code="corrupt", step=step.id, path=f"steps[{number}].slices", message=message)
+
+
+def check_bytes(facts: Facts) -> Iterator[Finding]:
+    """The bytes that a step claims are those of its slices."""
+    for number, step in enumerate(facts.plan.steps):
+        if isinstance(step, CopyWeights | LoadWeights) and step.bytes != facts.slice_bytes(step.slices):
+            message = f"{step.bytes} bytes are claimed, the slices have {facts.slice_bytes(step.slices)}"
+            yield Finding(code="corrupt", step=step.id, path=f"steps[{number}].bytes", message=message)
 
 
 def check_weights(facts: Facts) -> Iterator[Finding]:
@@ -335,13 +327,16 @@ def _running_bound(facts: Facts) -> Iterator[Finding]:
 
 def check_memory(facts: Facts) -> Iterator[Finding]:
     """Live: old and new weights and both KV pools at once. In place: the peak in the order of the steps."""
+    reserved: dict[GpuId, int] = {}
     for number, step in enumerate(facts.plan.steps):
         if isinstance(step, Reserve) and step.workers[0] in facts.new_seat:
+            reserved[step.workers[0]] = step.bytes
             yield from _reserve_covers(facts, step, f"steps[{number}].bytes")
     if facts.plan.mode == "live":
         for gpu, seat in facts.new_seat.items():
             weights = facts.cells_bytes(_union(facts.held.get(gpu, {}), facts.needs(seat)))
-            used = weights + _old_pool(facts, gpu) + facts.pool_bytes(facts.fresh[seat.replica], seat)
+            extra = reserved.get(gpu, 0) - _position_bytes(facts, seat)
+            used = weights + _old_pool(facts, gpu) + facts.pool_bytes(facts.fresh[seat.replica], seat) + max(0, extra)
             yield from _within(facts, gpu, used, None, "old and new weights and both KV pools")
         return
     yield from _peak(facts)
@@ -349,13 +344,19 @@ def check_memory(facts: Facts) -> Iterator[Finding]:
 
 def _reserve_covers(facts: Facts, step: Reserve, path: str) -> Iterator[Finding]:
     seat = facts.new_seat[step.workers[0]]
-    due = facts.pool_bytes(facts.fresh[seat.replica], seat)
-    if facts.plan.mode == "live":
-        held = facts.held.get(seat.gpu, {})
-        due += facts.cells_bytes({key: minus(runs, held.get(key, [])) for key, runs in facts.needs(seat).items()})
+    due = _position_bytes(facts, seat)
     if step.bytes < due:
         message = f"{step.bytes} bytes are reserved on {seat.gpu}, the position takes {due}"
         yield Finding(code="over_memory", step=step.id, path=path, message=message)
+
+
+def _position_bytes(facts: Facts, seat: Seat) -> int:
+    """What a new position takes: its KV pool, and in live mode the weights that its GPU lacks."""
+    pool = facts.pool_bytes(facts.fresh[seat.replica], seat)
+    if facts.plan.mode != "live":
+        return pool
+    held = facts.held.get(seat.gpu, {})
+    return pool + facts.cells_bytes({key: minus(runs, held.get(key, [])) for key, runs in facts.needs(seat).items()})
 
 
 def _peak(facts: Facts) -> Iterator[Finding]:

@@ -305,9 +305,9 @@ def _known_bytes(facts: Facts, step: CopyWeights | LoadWeights) -> int:
 
 
 def _moved_bytes(facts: Facts, step: CopyWeights | CopyKv | CopyKvDelta) -> int:
-    """Bytes that a copy moves, from slices or from the requests that move, whatever the step claims."""
+    """Bytes that a copy moves: of its slices or of the requests that move, or what it claims if that is more."""
     if isinstance(step, CopyWeights):
-        return _known_bytes(facts, step)
+        return max(step.bytes, _known_bytes(facts, step))
     tokens, choices = facts.moving_tokens(step.route.from_replica)
     count = tokens if isinstance(step, CopyKv) else choices * facts.plan.spec.limits.kv_block_tokens
-    return count * facts.token_bytes(step.route.layers, step.route.kv_heads)
+    return max(step.bytes, count * facts.token_bytes(step.route.layers, step.route.kv_heads))

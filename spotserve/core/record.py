@@ -141,6 +141,7 @@ def _finish(state: ClusterState, command: cmd.FinishRun) -> ClusterState:
     assert run is not None
     fire(PLAN_RUN, run.state, "released")
     replicas = {name: entry for name, entry in state.replicas.items() if entry.state not in ("retired", "lost")}
+    state = _note_migration(state, run)
     state = state.model_copy(update={"run": None, "replicas": replicas, "num_retries": 0})
     state = state.model_copy(update={"served": state.served or bool(state.serving())})
     return _close_migration(state, run.epoch, "completed")

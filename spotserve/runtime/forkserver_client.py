@@ -132,6 +132,8 @@ def launch(
     command += ["--shared"] if is_shared else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment.pop(SOCKET_VARIABLE, None)
+    # A worker needs no client's key; what it does not have it cannot leak.
+    environment.pop("SPOTSERVE_API_KEY", None)
     output = subprocess.DEVNULL if log is None else os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     try:
         return subprocess.Popen(

@@ -300,7 +300,9 @@ class KvFollower:
             if self._incoming.write(key, self._rectangle, block, tensors[index]):
                 self._brought[key] = None
             else:
+                # Half a sequence helps nobody: its blocks may let another one arrive whole.
                 self._crowded_out.add(key)
+                self._incoming.drop([key])
 
         self._peer.request(
             {

@@ -1,8 +1,8 @@
 """The leader of a replica: takes requests, schedules micro-batches, commits tokens and speaks for all ranks.
 
-It owns the batcher and all that is asked of the replica: requests, closings, a quiesce are posted to its thread and done
-between micro-batches. With P stages up to P micro-batches are out, so that it works on one while the last stage samples
-another. A token leaves as soon as it is committed; what the ledger has not is kept to be said again.
+It owns the batcher and all that is asked of the replica: requests, closings, a quiesce are posted to its thread and
+done between micro-batches. With P stages up to P micro-batches are out, so that it works on one while the last stage
+samples another. A token leaves as soon as it is committed; what the ledger has not is kept to be said again.
 """
 
 from __future__ import annotations

@@ -86,6 +86,7 @@ class VirtualWorld:
         gpu_memory_bytes: int,
         rates: VirtualRates | None = None,
         duplicate_share: float = 0.0,
+        failure_share: float = 0.0,
     ) -> None:
         self.spec = spec
         self.planner = planner
@@ -94,6 +95,7 @@ class VirtualWorld:
         self.gpus_per_instance = gpus_per_instance
         self.gpu_memory_bytes = gpu_memory_bytes
         self.duplicate_share = duplicate_share
+        self.failure_share = failure_share
         self.at_s = 0.0
         self.until_s = float("inf")
         self.alive: set[InstanceId] = set()
@@ -309,6 +311,8 @@ class VirtualWorld:
         step = command.step
         if any(instance_of(gpu) not in self.alive for gpu in step_gpus(step)):
             return None
+        if self.random.random() < self.failure_share:
+            return ev.StepFailed(at_s=self.at_s, epoch=command.epoch, step=step.id, error="drawn by the seed")
         if step.kind == "quiesce":
             return self._quiesce(command, step.replica)
         if step.kind == "activate":

@@ -85,9 +85,9 @@ def test_everything_finishes_and_fits(case: int) -> None:
     batcher, rank = Batcher(limits), Rank(limits)
     wanted: dict[str, int] = {}
     for index in range(rng.randint(3, 12)):
-        item = sequence(index, prompt=rng.randint(1, 120), max_tokens=rng.randint(1, 60), choice=rng.randint(0, 2))
-        batcher.admit(item)
-        wanted[item.request] = item.max_tokens
+        new = sequence(index, prompt=rng.randint(1, 120), max_tokens=rng.randint(1, 60), choice=rng.randint(0, 2))
+        batcher.admit(new)
+        wanted[new.request] = new.max_tokens
     sampled: dict[str, int] = {}
     for batch in drive(batcher, rank, rng):
         assert batch.num_rows <= limits.token_budget
@@ -119,7 +119,7 @@ def test_a_small_pool_evicts_and_readmits() -> None:
 
 
 def test_an_eviction_is_told_once_and_prefills_prompt_and_tokens() -> None:
-    """Tests that an evicted sequence is named under its next kv_generation, and that its tokens are not generated anew."""
+    """Tests that an evicted sequence gets its next kv_generation and keeps the tokens it has."""
     batcher = Batcher(LIMITS)
     batcher.admit(sequence(0, prompt=16, max_tokens=20))
     for _ in range(6):

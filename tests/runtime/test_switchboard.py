@@ -281,7 +281,9 @@ def send_raw(port: int, envelopes: list[Envelope]) -> grpc.StatusCode:
         call = CoordinatorStub(channel).Attach(iter(envelopes), metadata=bearer(SECRET))
         with pytest.raises(grpc.RpcError):
             next(call)
-        return call.code()
+        code = call.code()
+        assert isinstance(code, grpc.StatusCode)
+        return code
 
 
 def test_the_port_is_not_shared() -> None:

@@ -61,15 +61,44 @@ def silent_death(stage: Stage, at_s: float, instance: InstanceId, told_s: float)
 @pytest.mark.parametrize("seed", range(NUM_SEEDS))
 def test_nothing_is_lost(seed: int) -> None:
     """Tests that whatever is taken, every accepted request ends with exactly its tokens and the service recovers."""
-    stage = Stage(seed=seed, num_instances=random.Random(seed).choice([2, 3, 4, 5]), duplicate_share=0.1)
+    stage = draw_stage(seed)
+    stage.play(300.0)
+    check_calm(stage)
+    check_replay(stage)
+
+
+@pytest.mark.parametrize("seed", range(1000, 1000 + NUM_SEEDS // 4))
+def test_nothing_is_lost_over_a_restart(seed: int) -> None:
+    """Tests the same when the coordinator dies somewhere in the middle and is started again."""
+    stage = draw_stage(seed)
+    stage.world.crash_coordinator_after(random.Random(seed).randint(2, 120))
+    stage.play(300.0)
+    controller = Controller()
+    for entry in stage.journal.entries:
+        controller.fold(entry)
+    stage.controller = controller
+    stage.world.restart_coordinator(controller.state, num_instances=2)
+    stage.play(600.0)
+    check_calm(stage)
+
+
+def draw_stage(seed: int) -> Stage:
+    """A cluster, a policy and a scenario, all from one seed; capacity comes back at the end."""
+    dice = random.Random(-seed)
+    policy = dice.choice(["live", "live", "live", "reroute", "reparallelize"])
+    shares = (dice.choice([0.0, 0.1]), dice.choice([0.0, 0.0, 0.02]))
+    stage = Stage(seed=seed, num_instances=dice.choice([2, 3, 4, 5]), policy=policy, shares=shares)
     draw_scenario(stage, seed)
-    for at_s in (40.0, 40.2, 40.4):
+    for at_s in (40.0, 40.2, 40.4, 40.6):
         stage.add(at_s)
-    stage.play(200.0)
+    return stage
+
+
+def check_calm(stage: Stage) -> None:
+    """Every accepted request has ended, right and whole, and the service serves."""
     check_streams(stage.world)
     assert stage.service == "serving"
     assert stage.controller.state.requests == {}
-    check_replay(stage)
 
 
 def check_replay(stage: Stage) -> None:

@@ -31,10 +31,18 @@ class MemoryJournal:
 class Stage:
     """A virtual world with its controller, ready to play a scenario."""
 
-    def __init__(self, *, seed: int = 1, num_instances: int = 4, duplicate_share: float = 0.0) -> None:
-        self.spec = small_spec()
+    def __init__(
+        self, *, seed: int = 1, num_instances: int = 4, policy: str = "live", shares: tuple[float, float] = (0.0, 0.0)
+    ) -> None:
+        self.spec = small_spec().model_copy(update={"policy": policy})
+        duplicate_share, failure_share = shares
         self.world = VirtualWorld(
-            self.spec, make_plan, seed=seed, gpu_memory_bytes=GPU_MEMORY_BYTES, duplicate_share=duplicate_share
+            self.spec,
+            make_plan,
+            seed=seed,
+            gpu_memory_bytes=GPU_MEMORY_BYTES,
+            duplicate_share=duplicate_share,
+            failure_share=failure_share,
         )
         self.controller = Controller()
         self.journal = MemoryJournal()
