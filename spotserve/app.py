@@ -47,6 +47,7 @@ from spotserve.errors import (
 )
 from spotserve.log import configure_logging, get_logger
 from spotserve.runtime.checkpoint_header import validate_checkpoint
+from spotserve.runtime.failpoints import failpoint_variables
 from spotserve.runtime.forkserver_client import ForkServer
 from spotserve.runtime.instance import default_memory_bytes
 from spotserve.runtime.live_world import LiveWorld
@@ -148,7 +149,10 @@ class Daemon:
         )
         await switchboard.start("127.0.0.1", state_dir.worker_port())
         cloud = LocalCloud(
-            forkserver, log_folder=state_dir.logs_path, worker_args=_worker_args(options, spec, state_dir, switchboard)
+            forkserver,
+            log_folder=state_dir.logs_path,
+            worker_args=_worker_args(options, spec, state_dir, switchboard),
+            env=failpoint_variables(os.environ),
         )
         world = LiveWorld(
             spec,

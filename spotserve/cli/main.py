@@ -15,6 +15,7 @@ import typer
 from spotserve import __version__
 from spotserve.cli import (
     admin_commands,
+    demo_command,
     diff_command,
     plan_command,
     profile_command,
@@ -27,6 +28,7 @@ from spotserve.errors import SpotServeError
 
 VERBS = (
     run_command,
+    demo_command,
     admin_commands,
     plan_command,
     show_command,

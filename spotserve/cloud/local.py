@@ -56,10 +56,13 @@ class LocalInstance:
 class LocalCloud:
     """Launches and kills local instances."""
 
-    def __init__(self, launcher: Launcher, *, log_folder: Path, worker_args: Sequence[str]) -> None:
+    def __init__(
+        self, launcher: Launcher, *, log_folder: Path, worker_args: Sequence[str], env: Mapping[str, str] | None = None
+    ) -> None:
         self._launcher = launcher
         self._log_folder = log_folder
         self._worker_args = tuple(worker_args)
+        self._env = dict(env or {})
         self._instances: dict[InstanceId, LocalInstance] = {}
 
     def log_path(self, instance: InstanceId) -> Path:
@@ -69,7 +72,7 @@ class LocalCloud:
     async def launch(self, instance: InstanceId) -> None:
         """Fork the instance; it dials in when it is up."""
         args = [*self._worker_args, "--instance", instance]
-        forked = await asyncio.to_thread(self._launcher.fork, args, log=self.log_path(instance))
+        forked = await asyncio.to_thread(self._launcher.fork, args, log=self.log_path(instance), env=self._env)
         self.adopt(instance, process_group=forked.pid, started_at=forked.started_at)
         log.info("instance_launched", instance=instance, process_group=forked.pid)
 

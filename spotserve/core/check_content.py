@@ -336,7 +336,7 @@ def check_memory(facts: Facts) -> Iterator[Finding]:
         for gpu, seat in facts.new_seat.items():
             weights = facts.cells_bytes(_union(facts.held.get(gpu, {}), facts.needs(seat)))
             extra = reserved.get(gpu, 0) - _position_bytes(facts, seat)
-            used = weights + _old_pool(facts, gpu) + facts.pool_bytes(facts.fresh[seat.replica], seat) + max(0, extra)
+            used = weights + _old_pool(facts, gpu) + _second_pool(facts, seat) + max(0, extra)
             yield from _within(facts, gpu, used, None, "old and new weights and both KV pools")
         return
     yield from _peak(facts)
@@ -352,9 +352,9 @@ def _reserve_covers(facts: Facts, step: Reserve, path: str) -> Iterator[Finding]
 
 def _position_bytes(facts: Facts, seat: Seat) -> int:
     """What a new position takes: its KV pool, and in live mode the weights that its GPU lacks."""
-    pool = facts.pool_bytes(facts.fresh[seat.replica], seat)
     if facts.plan.mode != "live":
-        return pool
+        return facts.pool_bytes(facts.fresh[seat.replica], seat)
+    pool = _second_pool(facts, seat)
     held = facts.held.get(seat.gpu, {})
     return pool + facts.cells_bytes({key: minus(runs, held.get(key, [])) for key, runs in facts.needs(seat).items()})
 
@@ -397,6 +397,18 @@ def _within(facts: Facts, gpu: GpuId, used: int, step: StepId | None, what: str)
 def _old_pool(facts: Facts, gpu: GpuId) -> int:
     seat = facts.old_seat.get(gpu)
     return 0 if seat is None else facts.pool_bytes(facts.leaving[seat.replica], seat)
+
+
+def _second_pool(facts: Facts, seat: Seat) -> int:
+    """A new position's KV pool beside the old one; the same pool if layers, heads and size are what they were."""
+    replica = facts.fresh[seat.replica]
+    old = facts.old_seat.get(seat.gpu)
+    if old is not None and (old.layers, old.heads) == (seat.layers, seat.heads):
+        before = facts.leaving[old.replica]
+        alive = all(gpu in facts.living for gpu in before.gpus)
+        if alive and before.kv_blocks == replica.kv_blocks:
+            return 0
+    return facts.pool_bytes(replica, seat)
 
 
 def _union(left: Cells, right: Cells) -> Cells:

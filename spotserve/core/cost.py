@@ -161,16 +161,6 @@ def kv_blocks_within(model: ModelSpec, limits: Limits, shard: Shard, free_bytes:
     return max(0, free_bytes // block)
 
 
-def migration_reserve_bytes(model: ModelSpec, limits: Limits, shard: Shard) -> int:
-    """What a position leaves free for live migration: the headroom, or a second smallest KV pool if that is more.
-
-    A GPU that stays in its role still needs the pools of both generations at once; without room for the second one
-    every change of a neighbour would have to stop the replica first.
-    """
-    block = kv_block_bytes(model, shard, block_tokens=limits.kv_block_tokens)
-    return max(limits.migration_headroom_bytes, least_kv_blocks(limits) * block)
-
-
 def least_position_bytes(model: ModelSpec, limits: Limits, shard: Shard) -> int:
     """Weights and the smallest KV pool of a position."""
     block = kv_block_bytes(model, shard, block_tokens=limits.kv_block_tokens)

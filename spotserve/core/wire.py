@@ -98,6 +98,8 @@ class Tokens(Frozen):
     replica: ReplicaId
     generation: int
     runs: tuple[TokenRun, ...]
+    again: bool = False
+    """Everything that is not known to be durable: the first tokens of a leader on a new stream."""
 
 
 class Evicted(Frozen):

@@ -56,7 +56,7 @@ from spotserve.runtime.failpoints import Failpoint
 from spotserve.runtime.holdings import Holdings, Position
 from spotserve.runtime.instance import WorkerSettings
 from spotserve.runtime.kv_migration import KvFollower, Peer
-from spotserve.runtime.kv_store import KvStore
+from spotserve.runtime.kv_store import KvStore, SequenceKey
 from spotserve.runtime.leader import Leader, QuiesceReport
 from spotserve.runtime.link import Link, LinkCallbacks
 from spotserve.runtime.mesh import MeshListener, join
@@ -120,7 +120,7 @@ class Agent:
         self._settings = settings
         self._incarnation = secrets.token_hex(16)
         self._outcomes = Outcomes()
-        self._failpoint = Failpoint.from_environment()
+        self._failpoint = Failpoint.from_environment(settings.worker)
         self._upload, self._download = LinkCap(), LinkCap()
         self._meshes = MeshListener(settings.host)
         self._transfers = TransferServer(settings.host, self._upload)
@@ -199,6 +199,7 @@ class Agent:
             if broken is not None:
                 self._link.send(broken)
             if position.leader is not None:
+                self._link.hold_tokens(*position.key)
                 position.leader.resend()
 
     def _received(self, message: CoordinatorMessage) -> None:
@@ -324,7 +325,17 @@ class Agent:
         finally:
             peer.close()
 
+    def _shares_pool(self, command: CopyKvCommand | CopyKvDeltaCommand) -> bool:
+        """Whether source and target generation keep their KV in one pool here: then there is nothing to copy."""
+        if command.source != self._settings.worker or self._holdings is None:
+            return False
+        source = self._holdings.position(command.route.from_replica, command.source_generation)
+        target = self._holdings.position(command.route.to_replica, command.target_generation)
+        return source is not None and target is not None and source.kv is target.kv
+
     def _copy_kv(self, command: CopyKvCommand) -> dict[str, Any]:
+        if self._shares_pool(command):
+            return {"bytes": 0}
         # One plan runs at a time: what an older one still follows was left behind when it stepped down its ladder.
         self._abandon(lambda epoch: epoch < command.epoch)
         follower = self._follower(command)
@@ -335,6 +346,8 @@ class Agent:
         return {"bytes": follower.bytes_verified}
 
     def _copy_kv_delta(self, command: CopyKvDeltaCommand) -> dict[str, Any]:
+        if self._shares_pool(command):
+            return {"bytes": 0, "missing": self._absent(command)}
         with self._followers_lock:
             follower = self._followers.pop((command.epoch, command.follows), None)
         if follower is None:  # `copy_kv` was skipped or its worker restarted: everything is delta.
@@ -342,6 +355,16 @@ class Agent:
         missing = follower.finish(command.manifest)
         follower.close()
         return {"bytes": follower.bytes_verified, "missing": [list(item) for item in missing]}
+
+    def _absent(self, command: CopyKvDeltaCommand) -> list[list[Any]]:
+        """Choices of the manifest whose KV the shared pool does not hold whole."""
+        kv = self._position(command.route.to_replica, command.target_generation).kv
+        directory = kv.directory()
+        return [
+            [item.request, item.choice]
+            for item in command.manifest
+            if directory.get(SequenceKey(item.request, item.choice, item.kv_generation), 0) < item.kv_tokens
+        ]
 
     def _follower(self, command: CopyKvCommand) -> KvFollower:
         with self._followers_lock:
@@ -428,7 +451,7 @@ class Agent:
 
     def _limits(self, position: Position) -> BatchLimits:
         return BatchLimits(
-            num_blocks=position.kv.num_blocks,
+            num_blocks=position.kv_blocks,
             max_running=position.max_running,
             max_in_flight=position.place.pipeline,
             token_budget=max(DEFAULT_TOKEN_BUDGET, 2 * position.max_running),
@@ -461,9 +484,9 @@ class Agent:
             "slices": [piece.model_dump() for piece in held.loose()],
             "roles": [p.role().model_dump() for p in positions],
             "memory_bytes": held.union_bytes([piece for p in positions for piece in p.slices])
-            + sum(p.kv.bytes for p in positions),
+            + sum({id(p.kv): p.kv.bytes for p in positions}.values()),
             "positions": [],
-            "free_blocks": sum(p.kv.num_free for p in positions),
+            "free_blocks": sum({id(p.kv): p.kv.num_free for p in positions}.values()),
             "iterations": 0,
             "prefilled_tokens": 0,
             "evictions": 0,

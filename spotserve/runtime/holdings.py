@@ -44,6 +44,7 @@ class Position:
     shard: Shard
     slices: tuple[Slice, ...]
     max_running: int
+    kv_blocks: int
     kv: KvStore
     incoming: IncomingKv
     join_cancelled: threading.Event = field(default_factory=threading.Event)
@@ -141,14 +142,8 @@ class Holdings:
             slices = shard_slices(model, command.shard)
             self._check_budget(command, slices)
             self.weights.reserve(slices)
-            kv = KvStore(
-                num_blocks=command.kv_blocks,
-                layers=command.shard.layers,
-                kv_heads=kv_head_range(model, tensor=command.shard.tensor, rank=command.shard.rank),
-                head_dim=model.head_dim,
-                dtype=TORCH_DTYPES[model.dtype],
-                device=self._device,
-            )
+            heir = self._pool_to_take_over(command)
+            incoming = self._new_pool(command) if heir is None else heir.incoming
             place = Place(
                 replica=command.replica,
                 generation=command.generation,
@@ -163,9 +158,35 @@ class Holdings:
                 shard=command.shard,
                 slices=slices,
                 max_running=command.max_running,
-                kv=kv,
-                incoming=IncomingKv(kv),
+                kv_blocks=command.kv_blocks,
+                kv=incoming.kv,
+                incoming=incoming,
             )
+
+    def _new_pool(self, command: ReserveCommand) -> IncomingKv:
+        model = self.spec.model
+        return IncomingKv(
+            KvStore(
+                num_blocks=command.kv_blocks,
+                layers=command.shard.layers,
+                kv_heads=kv_head_range(model, tensor=command.shard.tensor, rank=command.shard.rank),
+                head_dim=model.head_dim,
+                dtype=TORCH_DTYPES[model.dtype],
+                device=self._device,
+            )
+        )
+
+    def _pool_to_take_over(self, command: ReserveCommand) -> Position | None:
+        """An older generation's position whose pool has the same layers, kv heads and blocks (as the plan counts it).
+
+        Its KV stays where it is: keys name (request, choice, kv_generation), whatever generation runs them.
+        """
+        heads = kv_head_range(self.spec.model, tensor=command.shard.tensor, rank=command.shard.rank)
+        for position in self._positions.values():
+            same = (position.kv.layers, position.kv.kv_heads) == (command.shard.layers, heads)
+            if same and position.kv.num_blocks == command.kv_blocks:
+                return position
+        return None
 
     def build(self, position: Position) -> StageRunner:
         """The stage over the position's weights and mesh; both must be complete."""
@@ -231,7 +252,10 @@ class Holdings:
             self._loose = []
 
     def _check_budget(self, command: ReserveCommand, slices: Sequence[Slice]) -> None:
-        pools = sum(position.kv.bytes for position in self._positions.values()) + self._pool_bytes(command)
+        stores = {id(position.kv): position.kv.bytes for position in self._positions.values()}
+        pools = sum(stores.values())
+        if self._pool_to_take_over(command) is None:
+            pools += self._pool_bytes(command)
         held = [piece for position in self._positions.values() for piece in position.slices]
         if pools + self.union_bytes([*held, *slices, *self._loose]) > self._memory_bytes and self._loose:
             self._drop_loose()

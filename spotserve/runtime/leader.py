@@ -341,7 +341,7 @@ class Leader(ReplicaLoop):
             if start < len(choice.token_ids) or choice.finish_reason is not None:
                 key = SequenceKey(request, index, 0)
                 runs.append(self._token_run(key, start, tuple(choice.token_ids[start:]), choice.finish_reason))
-        self._send_runs(runs)
+        self._send_runs(runs, again=True)
 
     def _quiesce(self, report: Future[QuiesceReport]) -> None:
         self._batcher.pause()
@@ -393,9 +393,10 @@ class Leader(ReplicaLoop):
             finish_reason=finish_reason,
         )
 
-    def _send_runs(self, runs: Sequence[TokenRun]) -> None:
-        if runs:
-            self._send(Tokens(replica=self.place.replica, generation=self.place.generation, runs=tuple(runs)))
+    def _send_runs(self, runs: Sequence[TokenRun], *, again: bool = False) -> None:
+        if runs or again:
+            place = self.place
+            self._send(Tokens(replica=place.replica, generation=place.generation, runs=tuple(runs), again=again))
 
     def _finish(self) -> None:
         """Nobody answers mail any more."""

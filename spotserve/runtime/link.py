@@ -15,12 +15,14 @@ from dataclasses import dataclass
 
 import grpc
 
+from spotserve.core.ids import ReplicaId
 from spotserve.core.wire import (
     COORDINATOR_MESSAGE,
     CoordinatorMessage,
     Heartbeat,
     Refused,
     Register,
+    Tokens,
     Welcome,
     WorkerMessage,
 )
@@ -52,13 +54,29 @@ class _Outbox:
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._messages: deque[WorkerMessage] = deque()
+        self._held: set[tuple[ReplicaId, int]] = set()
         self._stream = 0
         self._is_welcomed = False
 
     def put(self, message: WorkerMessage) -> None:
         with self._condition:
-            self._messages.append(message)
-            self._condition.notify_all()
+            if isinstance(message, Tokens) and message.again:
+                self._held.discard((message.replica, message.generation))
+            if not self._is_held(message):
+                self._messages.append(message)
+                self._condition.notify_all()
+
+    def hold_tokens(self, replica: ReplicaId, generation: int) -> None:
+        """Forget tokens of a leader, those waiting and those to come, until it says everything again.
+
+        Some before them may have been lost with the last stream, and the ledger takes no gap.
+        """
+        with self._condition:
+            self._held.add((replica, generation))
+            self._messages = deque(message for message in self._messages if not self._is_held(message))
+
+    def _is_held(self, message: WorkerMessage) -> bool:
+        return isinstance(message, Tokens) and (message.replica, message.generation) in self._held
 
     def open(self) -> int:
         """Make a new stream the current one; it sends nothing before its welcome."""
@@ -113,6 +131,10 @@ class Link:
     def send(self, message: WorkerMessage) -> None:
         """Say something; it waits while no coordinator is there. Any thread may call."""
         self._outbox.put(message)
+
+    def hold_tokens(self, replica: ReplicaId, generation: int) -> None:
+        """From a welcome on: drop a leader's tokens until it has said again all that may be lost."""
+        self._outbox.hold_tokens(replica, generation)
 
     def close(self) -> None:
         """End the stream and dial no more."""

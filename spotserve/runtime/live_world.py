@@ -27,6 +27,7 @@ from spotserve.core.spec import ServingSpec
 from spotserve.core.state import ClusterState
 from spotserve.errors import SpotServeError
 from spotserve.log import get_logger
+from spotserve.runtime.failpoints import Failpoint
 from spotserve.runtime.step_executor import StepExecutor
 from spotserve.runtime.switchboard import Connected, Disconnected, Received, Switchboard
 
@@ -163,6 +164,7 @@ class LiveWorld:
         self._owner = owner
         self._steps = StepExecutor(switchboard, term=term, clock=self.at_s, contents=self.contents)
         self._events: asyncio.Queue[ev.Event | None] = asyncio.Queue()
+        self._failpoint = Failpoint.from_environment("coordinator")
         self._told: dict[int, asyncio.Future[Entry]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -286,6 +288,7 @@ class LiveWorld:
 
     def submit(self, command_id: str, command: cmd.Command) -> None:
         """Begin to carry out a command."""
+        self._failpoint.reach(f"{command.kind}:before")
         handler = _HANDLERS[command.kind]
         work = handler(self, command_id, command)
         if work is not None:
@@ -421,6 +424,7 @@ class LiveWorld:
             if run is None or run.epoch != command.epoch:
                 return
             self._steps.begin(run.plan)
+        self._failpoint.reach(f"{command.step.kind}:before")
         event = await self._steps.execute(command_id, command)
         if isinstance(event, ev.StepFailed):
             log.warning("step_failed", epoch=event.epoch, step=event.step, kind=command.step.kind, error=event.error)

@@ -19,7 +19,6 @@ from spotserve.core.cost import (
     kv_blocks_within,
     least_kv_blocks,
     least_position_bytes,
-    migration_reserve_bytes,
     most_kv_blocks,
     replica_shards,
     request_ms,
@@ -119,11 +118,8 @@ def _rows_of_shape(
 ) -> list[Candidate]:
     shards = replica_shards(spec.model, pipeline=pipeline, tensor=tensor)
     needs = max(least_position_bytes(spec.model, spec.limits, shard) for shard in shards)
-    reserves = [migration_reserve_bytes(spec.model, spec.limits, shard) for shard in shards]
-    roomy = max(
-        least_position_bytes(spec.model, spec.limits, shard) + reserve
-        for shard, reserve in zip(shards, reserves, strict=True)
-    )
+    reserve = spec.limits.migration_headroom_bytes
+    roomy = needs + reserve
     weights = [shard_bytes(spec.model, shard) for shard in shards]
     running_gpus = sum(len(replica.gpus) for replica in intact)
     same_shape = [replica for replica in intact if (replica.pipeline, replica.tensor) == (pipeline, tensor)]
@@ -135,7 +131,7 @@ def _rows_of_shape(
         keeps_headroom = roomy <= budget
         blocks = min(
             kv_blocks_within(spec.model, spec.limits, shard, budget - held - (reserve if keeps_headroom else 0))
-            for shard, held, reserve in zip(shards, weights, reserves, strict=True)
+            for shard, held in zip(shards, weights, strict=True)
         )
         blocks = max(least_kv_blocks(spec.limits), min(blocks, most_kv_blocks(spec.limits)))
         kept_gpus = min(data, len(same_shape)) * len(shards)
@@ -239,6 +235,19 @@ def kept_shape(rows: Sequence[Candidate], *, load_known: bool) -> tuple[Candidat
     return kept if worth else tuple(rows)
 
 
+def several_replicas(rows: Sequence[Candidate], *, load_known: bool) -> tuple[Candidate, ...]:
+    """The rows of at least two replicas where they serve the load, else all of them.
+
+    With a second replica the loss of one instance stops only the streams of one, and these have where to go at once:
+    their KV moves into a pool that is there already. A single larger replica always stops whole.
+    """
+    several = tuple(row for row in rows if row.data > 1)
+    if not several:
+        return tuple(rows)
+    needed = load_known and any(not row.unserved for row in rows)
+    return tuple(rows) if needed and all(row.unserved for row in several) else several
+
+
 def choose_by_enumeration(rows: Sequence[Candidate], goals: Sequence[Goal]) -> tuple[Candidate, bool]:
     """The choice by filtering the table goal after goal."""
     left = list(rows)
@@ -312,10 +321,11 @@ def configure(spec: ServingSpec, rows: Sequence[Candidate], *, load_rps: float, 
     allowed, pins = pinned(spec, rows)
     near = kept_shape(allowed, load_known=load_rps > 0)
     roomy = tuple(row for row in near if row.headroom) or near
-    goals = goals_for(roomy, load_known=load_rps > 0)
-    candidate, proven = CHOOSERS[solver](roomy, goals)
+    redundant = several_replicas(roomy, load_known=load_rps > 0) if spec.policy == "live" else roomy
+    goals = goals_for(redundant, load_known=load_rps > 0)
+    candidate, proven = CHOOSERS[solver](redundant, goals)
     first = next(goal for goal in goals if goal.column in ("latency_us", "throughput_urps"))
-    peers = [row for row in roomy if row.unserved == candidate.unserved]
+    peers = [row for row in redundant if row.unserved == candidate.unserved]
     values = [getattr(row, first.column) for row in peers]
     best = max(values) if first.maximise else min(values)
     objective = getattr(candidate, first.column)
@@ -330,7 +340,7 @@ def configure(spec: ServingSpec, rows: Sequence[Candidate], *, load_rps: float, 
             certificate={
                 "kind": "epsilon_lexicographic",
                 "measure": first.column,
-                "candidates": len(roomy),
+                "candidates": len(redundant),
                 "data": candidate.data,
                 "pipeline": candidate.pipeline,
                 "tensor": candidate.tensor,

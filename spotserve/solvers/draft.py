@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from spotserve.core.cost import decode_ms, sequence_blocks
 from spotserve.core.ids import GpuId, ReplicaId
 from spotserve.core.plan import Mode, PlanningProblem, RequestAction, Route
-from spotserve.core.slices import kv_block_bytes, kv_token_bytes
+from spotserve.core.slices import Shard, kv_block_bytes, kv_token_bytes
 from spotserve.core.snapshot import Replica, RequestProgress
 from spotserve.solvers.migrate import KvTransfer, Transfer
 from spotserve.solvers.ranges import Catalog, Ranges, Rectangle, shard_at
@@ -70,6 +70,18 @@ def pool_bytes(catalog: Catalog, problem: PlanningProblem, replica: Replica, gpu
     """Bytes of a GPU's KV pool in a replica."""
     shard = shard_at(catalog.model, replica, replica.gpus.index(gpu))
     return replica.kv_blocks * kv_block_bytes(catalog.model, shard, block_tokens=problem.spec.limits.kv_block_tokens)
+
+
+def inherited_pool(catalog: Catalog, problem: PlanningProblem, gpu: GpuId, shard: Shard) -> Replica | None:
+    """The running replica whose KV pool on `gpu` a new position of the same layers and kv heads takes over.
+
+    The pool then counts once, if both generations have the same number of blocks; its KV is not copied at all.
+    """
+    for replica in problem.snapshot.world.replicas:
+        if gpu in replica.gpus:
+            held = catalog.kv_rectangle(shard_at(catalog.model, replica, replica.gpus.index(gpu)))
+            return replica if held == catalog.kv_rectangle(shard) else None
+    return None
 
 
 def route_requests(

@@ -21,7 +21,6 @@ from spotserve.core.cost import (
     Workload,
     kv_blocks_within,
     least_kv_blocks,
-    migration_reserve_bytes,
     most_kv_blocks,
     replica_shards,
     running_bound,
@@ -51,6 +50,7 @@ from spotserve.solvers.draft import (
     complete_routes,
     decide_requests,
     finishing_s,
+    inherited_pool,
     pool_bytes,
     route_requests,
 )
@@ -401,7 +401,7 @@ class Planner:
         affected = self._affected(untouched)
         heirs = route_requests(self.problem, self.view, affected, num_fresh)
         fresh = self._place(shape, num_fresh, untouched, affected, heirs, live=mode == "live")
-        sized = tuple(self._sized(replica, room=self._live_room if mode == "live" else None) for replica in fresh)
+        sized = tuple(self._sized_live(r) if mode == "live" else self._sized(r, room=None) for r in fresh)
         if any(replica.kv_blocks < least_kv_blocks(self.problem.spec.limits) for replica in sized):
             return None
         names = {old: sized[number].id for old, number in heirs.items()}
@@ -479,7 +479,12 @@ class Planner:
         limits = self.problem.spec.limits
         block = kv_block_bytes(self.problem.spec.model, shard, block_tokens=limits.kv_block_tokens)
         incoming = self.catalog.shard_bytes(shard) - overlap
-        return incoming + least_kv_blocks(limits) * block <= self._free_now(gpu)
+        pool = 0 if self._inherited(gpu, shard) is not None else least_kv_blocks(limits) * block
+        return incoming + pool <= self._free_now(gpu)
+
+    def _inherited(self, gpu: GpuId, shard: Shard) -> Replica | None:
+        replica = inherited_pool(self.catalog, self.problem, gpu, shard)
+        return None if replica in self.view.lost else replica
 
     def _free_now(self, gpu: GpuId) -> int:
         """Memory that neither held weights nor a KV pool takes."""
@@ -494,6 +499,23 @@ class Planner:
         missing = without(self.catalog.owned(shard), self.held.get(gpu, {}))
         return self._free_now(gpu) - self.catalog.bytes(missing)
 
+    def _room_of_heir(self, gpu: GpuId, shard: Shard) -> int:
+        """The same, where a pool of the same rectangle is taken over instead of a second one beside it."""
+        replica = self._inherited(gpu, shard)
+        room = self._live_room(gpu, shard)
+        if replica is None or room < 0:
+            return room
+        return pool_bytes(self.catalog, self.problem, replica, gpu)
+
+    def _sized_live(self, replica: Replica) -> Replica:
+        """Pools taken over where both generations agree on the number of blocks, else beside the old ones."""
+        sized = self._sized(replica, room=self._room_of_heir)
+        for index, gpu in enumerate(replica.gpus):
+            old = self._inherited(gpu, shard_at(self.problem.spec.model, replica, index))
+            if old is not None and old.kv_blocks != sized.kv_blocks:
+                return self._sized(replica, room=self._live_room)
+        return sized
+
     def _beside_all(self, gpu: GpuId, shard: Shard) -> int:
         """Memory left for a new KV pool before any weight has come or gone."""
         return self._free_now(gpu)
@@ -505,8 +527,7 @@ class Planner:
         for index, gpu in enumerate(replica.gpus):
             shard = shard_at(self.problem.spec.model, replica, index)
             steady = self.view.memory[gpu] - self.catalog.shard_bytes(shard)
-            reserve = migration_reserve_bytes(self.problem.spec.model, limits, shard)
-            roomy = kv_blocks_within(self.problem.spec.model, limits, shard, steady - reserve)
+            roomy = kv_blocks_within(self.problem.spec.model, limits, shard, steady - limits.migration_headroom_bytes)
             tight = kv_blocks_within(self.problem.spec.model, limits, shard, steady)
             blocks = min(blocks, max(roomy, min(tight, least_kv_blocks(limits))))
             if room is not None:

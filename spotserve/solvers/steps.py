@@ -31,7 +31,7 @@ from spotserve.core.plan import (
     Step,
 )
 from spotserve.core.snapshot import Replica
-from spotserve.solvers.draft import Draft, pool_bytes
+from spotserve.solvers.draft import Draft, inherited_pool, pool_bytes
 from spotserve.solvers.layer_order import LayerChange, order_layers
 from spotserve.solvers.migrate import KvTransfer, Transfer, layer_of
 from spotserve.solvers.ranges import Catalog, Ranges, Rectangle, join, shard_at, without
@@ -187,7 +187,7 @@ class StepWriter:
                     generation=replica.generation,
                     stage=stage,
                     rank=rank,
-                    bytes=incoming + pool_bytes(self.catalog, self.draft.problem, replica, gpu),
+                    bytes=incoming + self._new_pool_bytes(replica, gpu),
                     estimated_s=self._round_trip(),
                     before=position_text(self.draft.old_position.get(gpu), gpu),
                     after=position_text(replica, gpu),
@@ -237,6 +237,15 @@ class StepWriter:
             )
         self.arrivals[destination].append(step.id)
         return self._add(step)
+
+    def _new_pool_bytes(self, replica: Replica, gpu: GpuId) -> int:
+        """A position's KV pool, nothing if a live plan takes over the one that is there."""
+        problem = self.draft.problem
+        shard = shard_at(self.catalog.model, replica, replica.gpus.index(gpu))
+        old = inherited_pool(self.catalog, problem, gpu, shard) if self.draft.mode == "live" else None
+        if old is not None and old not in self.draft.view.lost and old.kv_blocks == replica.kv_blocks:
+            return 0
+        return pool_bytes(self.catalog, problem, replica, gpu)
 
     def _join(self, replica: Replica, after: list[StepId]) -> None:
         self.joined[replica.id] = self._add(

@@ -36,6 +36,7 @@ class Stream:
     """One streamed completion in a thread: token ids as they come, when each came, and how it ended."""
 
     token_ids: list[int] = field(default_factory=list)
+    by_choice: dict[int, list[int]] = field(default_factory=dict)
     times_s: list[float] = field(default_factory=list)
     request: str = ""
     finish_reason: str | None = None
@@ -218,6 +219,7 @@ def _take_line(line: str, stream: Stream) -> None:
     for choice in chunk["choices"]:
         ids = choice.get("token_ids") or []
         stream.token_ids += ids
+        stream.by_choice.setdefault(choice["index"], []).extend(ids)
         stream.times_s += [time.monotonic()] * len(ids)
         stream.finish_reason = choice.get("finish_reason") or stream.finish_reason
 

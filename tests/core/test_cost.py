@@ -1,0 +1,108 @@
+"""The cost model: interpolation, throughput, waiting, and the memory of a position."""
+
+from __future__ import annotations
+
+import pytest
+
+from spotserve.core.cost import (
+    Degrees,
+    Workload,
+    decode_ms,
+    execution_ms,
+    kv_blocks_within,
+    layer_ms,
+    least_kv_blocks,
+    least_position_bytes,
+    most_kv_blocks,
+    prefill_ms,
+    replica_shards,
+    request_ms,
+    running_bound,
+    throughput_rps,
+)
+from spotserve.core.slices import kv_block_bytes, shard_bytes
+from spotserve.core.spec import LatencyPoint
+from tests.planning_worlds import tiny_spec
+
+WORKLOAD = Workload(prompt_tokens=64, output_tokens=32, load_rps=0.0)
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(1, 0.4), (16, 0.8), (256, 8.0), (136, 4.4), (496, 15.2)])
+def test_layer_time_is_linear_between_points(tokens: int, expected: float) -> None:
+    """Tests that measured points are met, what is between is linear and what is beyond keeps the last slope."""
+    assert layer_ms(tiny_spec().profile, tokens=tokens, tensor=1) == pytest.approx(expected)
+
+
+def test_unmeasured_tensor_degrees() -> None:
+    """Tests that no speed-up is made up above the measured degrees, and none below them is lost."""
+    profile = tiny_spec().profile
+    assert layer_ms(profile, tokens=16, tensor=4) == layer_ms(profile, tokens=16, tensor=1)
+    only_two = profile.model_copy(update={"latencies": (LatencyPoint(tokens=1, tensor=2, layer_ms=1.0),)})
+    assert layer_ms(only_two, tokens=1, tensor=1) == 2.0
+    assert layer_ms(only_two, tokens=8, tensor=2) == 8.0
+
+
+def test_falling_measurements_never_go_negative() -> None:
+    """Tests that noise in a profile (more tokens, less time) does not extrapolate below the first point."""
+    points = (LatencyPoint(tokens=1, tensor=1, layer_ms=1.0), LatencyPoint(tokens=2, tensor=1, layer_ms=0.9))
+    noisy = tiny_spec().profile.model_copy(update={"latencies": points})
+    assert layer_ms(noisy, tokens=1000, tensor=1) == 1.0
+
+
+def test_execution_is_prefill_and_decode() -> None:
+    """Tests that l_exe is the prefill and then one decode step for each output token."""
+    spec, degrees = tiny_spec(), Degrees(data=1, pipeline=2, tensor=1, max_running=4)
+    first = prefill_ms(spec, pipeline=2, tensor=1, tokens=64)
+    later = decode_ms(spec, pipeline=2, tensor=1, running=1)
+    assert execution_ms(spec, degrees, WORKLOAD, running=1) == pytest.approx(first + 32 * later)
+    assert first == pytest.approx(2 * (4 * layer_ms(spec.profile, tokens=64, tensor=1) + 0.5))
+
+
+def test_throughput_grows_with_replicas() -> None:
+    """Tests that twice the replicas serve twice as much, and a larger batch more."""
+    spec = tiny_spec()
+    one, two = Degrees(1, 2, 1, 4), Degrees(2, 2, 1, 4)
+    assert throughput_rps(spec, two, WORKLOAD) == pytest.approx(2 * throughput_rps(spec, one, WORKLOAD))
+    assert throughput_rps(spec, Degrees(1, 2, 1, 8), WORKLOAD) > throughput_rps(spec, one, WORKLOAD)
+
+
+def test_idle_stages_are_counted() -> None:
+    """Tests that one running sequence in a deep pipeline is no faster than in sequence through all stages."""
+    spec = tiny_spec()
+    alone = throughput_rps(spec, Degrees(1, 4, 1, 1), WORKLOAD)
+    assert alone == pytest.approx(1000 / execution_ms(spec, Degrees(1, 4, 1, 1), WORKLOAD, running=1))
+
+
+def test_waiting_grows_with_the_load() -> None:
+    """Tests that latency rises with the load and there is none once the load exceeds the throughput."""
+    spec, degrees = tiny_spec(), Degrees(1, 2, 1, 4)
+    capacity = throughput_rps(spec, degrees, WORKLOAD)
+    latencies = [
+        request_ms(spec, degrees, Workload(64, 32, share * capacity)) for share in (0.0, 0.3, 0.6, 0.9, 0.96, 1.2)
+    ]
+    served = [latency for latency in latencies if latency is not None]
+    assert latencies[4:] == [None, None]
+    assert served == sorted(served)
+    assert len(set(served)) == 4
+
+
+def test_shards_cover_the_model() -> None:
+    """Tests that the positions of a replica hold every sharded byte once and replicated ones once per rank."""
+    model = tiny_spec().model
+    whole = sum(shard_bytes(model, shard) for shard in replica_shards(model, pipeline=1, tensor=1))
+    assert whole == sum(shard_bytes(model, shard) for shard in replica_shards(model, pipeline=4, tensor=1))
+    assert whole < sum(shard_bytes(model, shard) for shard in replica_shards(model, pipeline=1, tensor=4))
+
+
+def test_kv_bounds() -> None:
+    """Tests the smallest and largest pool, what fits into bytes, and B."""
+    spec = tiny_spec(max_model_len=100, max_running=4)
+    shard = replica_shards(spec.model, pipeline=2, tensor=1)[0]
+    block = kv_block_bytes(spec.model, shard, block_tokens=16)
+    assert (7, 29) == (least_kv_blocks(spec.limits), most_kv_blocks(spec.limits))
+    assert least_kv_blocks(tiny_spec(min_kv_tokens=33).limits) == 3
+    assert [0, 0, 1, 3] == [
+        kv_blocks_within(spec.model, spec.limits, shard, size) for size in (-5, block - 1, block, 3 * block + 1)
+    ]
+    assert [1, 3, 4] == [running_bound(spec.limits, blocks) for blocks in (0, 3, 29)]
+    assert least_position_bytes(spec.model, spec.limits, shard) == shard_bytes(spec.model, shard) + 7 * block
