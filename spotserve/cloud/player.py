@@ -47,12 +47,14 @@ class TracePlayer:
 
     async def play(self) -> None:
         """Run to the end of the trace."""
+        events = [event for event in self._trace.events if event.at_s >= self._played_s]
+        # A trace may bring the whole fleet: nothing would ever serve without its first instances.
+        while events and events[0].kind == "add" and not events[0].at_s:
+            await self._act(events.pop(0))
         while not self._stage.ready:
             await asyncio.sleep(0.02)
         began_s = time.monotonic() - self._played_s
-        for event in self._trace.events:
-            if event.at_s < self._played_s:
-                continue
+        for event in events:
             await asyncio.sleep(max(0.0, event.at_s - (time.monotonic() - began_s)))
             log.info("trace_event", kind=event.kind, at_s=event.at_s, instances=list(event.instances))
             try:

@@ -155,13 +155,38 @@ def replica_shards(model: ModelSpec, *, pipeline: int, tensor: int) -> tuple[Sha
     )
 
 
+class ShardSizes:
+    """Weight bytes and KV cache block bytes of shards, counted once per (degree, rank) and not once per layer."""
+
+    def __init__(self, model: ModelSpec, *, block_tokens: int) -> None:
+        self._model = model
+        self._block_tokens = block_tokens
+        self._parts: dict[tuple[int, int], tuple[int, int, int, int]] = {}
+
+    def weights(self, shard: Shard) -> int:
+        """Weight bytes of a position."""
+        layer, first, last, _ = self._part(shard.tensor, shard.rank)
+        ends = first * shard.first + last * shard.last
+        return (shard.layers[1] - shard.layers[0]) * layer + ends
+
+    def block(self, shard: Shard) -> int:
+        """Bytes of one KV cache block of a position."""
+        return (shard.layers[1] - shard.layers[0]) * self._part(shard.tensor, shard.rank)[3]
+
+    def _part(self, tensor: int, rank: int) -> tuple[int, int, int, int]:
+        """Bytes of one layer, of what the first and the last stage have more, and of a block of one layer."""
+        key = (tensor, rank)
+        if key not in self._parts:
+            inside = Shard(layers=(0, 1), tensor=tensor, rank=rank, first=False, last=False)
+            layer = shard_bytes(self._model, inside)
+            first = shard_bytes(self._model, inside.model_copy(update={"first": True})) - layer
+            last = shard_bytes(self._model, inside.model_copy(update={"last": True})) - layer
+            block = kv_block_bytes(self._model, inside, block_tokens=self._block_tokens)
+            self._parts[key] = (layer, first, last, block)
+        return self._parts[key]
+
+
 def kv_blocks_within(model: ModelSpec, limits: Limits, shard: Shard, free_bytes: int) -> int:
     """How many KV cache blocks of a position fit into `free_bytes` (never negative)."""
     block = kv_block_bytes(model, shard, block_tokens=limits.kv_block_tokens)
     return max(0, free_bytes // block)
-
-
-def least_position_bytes(model: ModelSpec, limits: Limits, shard: Shard) -> int:
-    """Weights and the smallest KV pool of a position."""
-    block = kv_block_bytes(model, shard, block_tokens=limits.kv_block_tokens)
-    return shard_bytes(model, shard) + least_kv_blocks(limits) * block

@@ -12,7 +12,7 @@ from spotserve.core.slices import (
 from spotserve.core.spec import KV_BLOCK_TOKENS, Limits, ModelSpec
 from spotserve.errors import ModelError
 
-HEADROOM_SHARE = 0.1
+HEADROOM_SHARE = 0.04
 """Share of a GPU's memory that configurations prefer to leave free for migrations."""
 
 

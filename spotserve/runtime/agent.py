@@ -12,6 +12,7 @@ import queue
 import secrets
 import signal
 import threading
+import time
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable
@@ -321,7 +322,7 @@ class Agent:
     def _copy_weights(self, command: CopyWeightsCommand) -> dict[str, Any]:
         peer = self._peer(command.source, command.source_address, command.grant, command.secret)
         try:
-            return {"bytes": pull_slices(self._held(), peer, command.slices)}
+            return {"bytes": pull_slices(self._held(), peer, command.slices), **_first_byte(peer.first_byte_s)}
         finally:
             peer.close()
 
@@ -343,7 +344,7 @@ class Agent:
         follower.is_caught_up.wait()
         if follower.error is not None:
             raise TransferError(follower.error)
-        return {"bytes": follower.bytes_verified}
+        return {"bytes": follower.bytes_verified, **_first_byte(follower.first_byte_s)}
 
     def _copy_kv_delta(self, command: CopyKvDeltaCommand) -> dict[str, Any]:
         if self._shares_pool(command):
@@ -354,7 +355,11 @@ class Agent:
             follower = self._new_follower(command)
         missing = follower.finish(command.manifest)
         follower.close()
-        return {"bytes": follower.bytes_verified, "missing": [list(item) for item in missing]}
+        return {
+            "bytes": follower.bytes_verified,
+            "missing": [list(item) for item in missing],
+            **_first_byte(follower.first_byte_s),
+        }
 
     def _absent(self, command: CopyKvDeltaCommand) -> list[list[Any]]:
         """Choices of the manifest whose KV the shared pool does not hold whole."""
@@ -550,6 +555,11 @@ def agent_main(settings: WorkerSettings) -> int:
 
 def _kind(command: Command) -> str:
     return str(getattr(command, "kind", type(command).__name__))
+
+
+def _first_byte(first_byte_s: float | None) -> dict[str, Any]:
+    """How long ago a copy's first transfer chunk came: an age, because nobody else has this process's clock."""
+    return {} if first_byte_s is None else {"first_byte_age_s": time.monotonic() - first_byte_s}
 
 
 def _quiesce_result(report: QuiesceReport) -> dict[str, Any]:

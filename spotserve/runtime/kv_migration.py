@@ -35,6 +35,9 @@ log = get_logger("kv_migration")
 class Peer(Protocol):
     """A source to ask; `TransferClient` is one, the worker itself another."""
 
+    first_byte_s: float | None
+    """Monotonic time at which the first transfer chunk was here."""
+
     def request(
         self,
         request: dict[str, object],
@@ -165,6 +168,11 @@ class KvFollower:
         self._crowded_out: set[SequenceKey] = set()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
+
+    @property
+    def first_byte_s(self) -> float | None:
+        """When the first transfer chunk came, if one has."""
+        return self._peer.first_byte_s
 
     def start(self) -> None:
         """Follow on a thread of its own."""

@@ -62,6 +62,8 @@ class _Outbox:
         with self._condition:
             if isinstance(message, Tokens) and message.again:
                 self._held.discard((message.replica, message.generation))
+                if not message.runs:
+                    return
             if not self._is_held(message):
                 self._messages.append(message)
                 self._condition.notify_all()

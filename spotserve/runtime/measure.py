@@ -36,6 +36,7 @@ MAX_DECODE_ROWS = 8
 """Up to here rows are decoding sequences of one token each, beyond it one prefill chunk."""
 CONTEXT_TOKENS = 64
 POINT_BUDGET_S = 0.3
+MIN_REPEATS = 3
 MAX_REPEATS = 15
 LINK_BYTES = 64 * 2**20
 STORAGE_BYTES = 256 * 2**20
@@ -79,7 +80,7 @@ def measure(folder: Path, *, dtype: str | None = None, device: str = "cpu") -> P
         single = build_stage(folder, model, num_layers=1, layout=layout, device=device)
         overhead_ms = stage_overhead_ms(forward_ms(single, 1, device=device), whole_ms[1], stage.shard.layers[1])
     layers = stage.shard.layers[1]
-    layer_ms = {rows: max(1e-4, (total_ms - overhead_ms) / layers) for rows, total_ms in whole_ms.items()}
+    layer_ms = monotone({rows: max(1e-4, (total_ms - overhead_ms) / layers) for rows, total_ms in whole_ms.items()})
     return Profile(
         name=f"{model.name}-{model.dtype}-{device}",
         source="measured by spotserve profile",
@@ -91,6 +92,16 @@ def measure(folder: Path, *, dtype: str | None = None, device: str = "cpu") -> P
         round_trip_s=round_trip_s,
         start_s=start_s,
     )
+
+
+def monotone(layer_ms: dict[int, float]) -> dict[int, float]:
+    """No row count may take longer than a larger one: what exceeds it was a disturbance."""
+    least = float("inf")
+    smoothed: dict[int, float] = {}
+    for rows in sorted(layer_ms, reverse=True):
+        least = min(least, layer_ms[rows])
+        smoothed[rows] = least
+    return dict(sorted(smoothed.items()))
 
 
 def row_counts(model: ModelSpec) -> tuple[int, ...]:
@@ -121,7 +132,7 @@ def build_stage(
 
 
 def forward_ms(stage: StageModel, rows: int, *, device: str) -> float:
-    """Median milliseconds of one forward of `rows` rows."""
+    """Milliseconds of one undisturbed forward of `rows` rows."""
     context = min(CONTEXT_TOKENS, stage.model.max_model_len - 1)
     if rows <= MAX_DECODE_ROWS:
         keys = [SequenceKey(f"decode-{index}", 0, 0) for index in range(rows)]
@@ -132,7 +143,7 @@ def forward_ms(stage: StageModel, rows: int, *, device: str) -> float:
         keys = [SequenceKey("prefill", 0, 0)]
         batch = batch_of(keys, start=0, count=rows)
     try:
-        return median_ms(lambda: stage.forward(batch), device=device)
+        return least_ms(lambda: stage.forward(batch), device=device)
     finally:
         for key in keys:
             stage.kv.free(key)
@@ -147,8 +158,12 @@ def batch_of(keys: list[SequenceKey], *, start: int, count: int) -> StageBatch:
     )
 
 
-def median_ms(run: Callable[[], object], *, device: str) -> float:
-    """Median over repeats within the budget, after one warm-up; work on a GPU is waited for."""
+def least_ms(run: Callable[[], object], *, device: str) -> float:
+    """The least of the repeats within the budget, after one warm-up; work on a GPU is waited for.
+
+    What else the machine does only ever adds time: a median taken beside other work has made layers look 30 times as
+    slow as they are, and a planner that believes it re-shapes for nothing.
+    """
 
     def once_s() -> float:
         started_s = time.perf_counter()
@@ -158,10 +173,10 @@ def median_ms(run: Callable[[], object], *, device: str) -> float:
         return time.perf_counter() - started_s
 
     once_s()
-    samples_s = [once_s()]
+    samples_s = [once_s() for _ in range(MIN_REPEATS)]
     while len(samples_s) < MAX_REPEATS and sum(samples_s) < POINT_BUDGET_S:
         samples_s.append(once_s())
-    return 1000 * statistics.median(samples_s)
+    return 1000 * min(samples_s)
 
 
 def stage_overhead_ms(single_ms: float, several_ms: float, num_layers: int) -> float:

@@ -20,7 +20,7 @@ from spotserve.errors import ModelError, SpotServeError
 from spotserve.runtime.checkpoint_header import validate_checkpoint
 
 MEASURE_TIMEOUT_S = 600.0
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Raised when what is measured, or how, changes: older entries are then measured again."""
 
 

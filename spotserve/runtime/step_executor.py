@@ -89,8 +89,16 @@ class StepExecutor:
         except StepError as error:
             return ev.StepFailed(at_s=self._clock(), epoch=command.epoch, step=step.id, error=str(error))
         missing = tuple((request, choice) for request, choice in result.get("missing", ()))
+        at_s = self._clock()
+        age_s = result.get("first_byte_age_s")
         return ev.StepDone(
-            at_s=self._clock(), epoch=command.epoch, step=step.id, bytes=result.get("bytes", 0), missing=missing
+            at_s=at_s,
+            epoch=command.epoch,
+            step=step.id,
+            bytes=result.get("bytes", 0),
+            missing=missing,
+            # Late by the reply's way here, never early.
+            result={} if age_s is None else {"first_byte_at_s": max(0.0, at_s - age_s)},
         )
 
     async def _outcome(self, command_id: str, command: cmd.ExecuteStep) -> dict[str, Any]:
@@ -265,7 +273,8 @@ class StepExecutor:
     def _plan(self, epoch: int) -> Plan:
         plan = self._plans.get(epoch)
         if plan is None:
-            raise InvariantError(f"no plan of epoch {epoch} is under way")
+            # Its run was aborted while the step waited for a worker: nothing of it may reach one any more.
+            raise StepError(f"the plan of epoch {epoch} is not under way any more")
         return plan
 
     def _generation(self, epoch: int, replica: ReplicaId) -> int:

@@ -435,6 +435,8 @@ class TransferClient:
         self._is_closed = False
         self.bytes_received = 0
         self.bytes_verified = 0
+        self.first_byte_s: float | None = None
+        """Monotonic time at which the first transfer chunk was here."""
 
     def request(
         self,
@@ -575,6 +577,8 @@ class TransferClient:
         received, next_index = 0, 0
         for first, pieces in _chunks_of(views):
             is_right = _receive_frame_into(connection, pieces)
+            if self.first_byte_s is None:
+                self.first_byte_s = time.monotonic()
             num_bytes = sum(map(len, pieces))
             received += num_bytes
             self.bytes_received += num_bytes

@@ -125,6 +125,9 @@ class TransferSource:
 class LocalPeer:
     """The worker as a source to itself: the same requests, without a socket."""
 
+    first_byte_s: float | None = None
+    """Nothing crosses a link."""
+
     def __init__(self, source: TransferSource) -> None:
         self._source = source
 

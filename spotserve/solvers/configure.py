@@ -15,10 +15,9 @@ from ortools.sat.python import cp_model
 
 from spotserve.core.cost import (
     Degrees,
+    ShardSizes,
     Workload,
-    kv_blocks_within,
     least_kv_blocks,
-    least_position_bytes,
     most_kv_blocks,
     replica_shards,
     request_ms,
@@ -26,7 +25,7 @@ from spotserve.core.cost import (
     throughput_rps,
 )
 from spotserve.core.plan import SolverReport
-from spotserve.core.slices import max_tensor_degree, shard_bytes
+from spotserve.core.slices import max_tensor_degree
 from spotserve.core.snapshot import Replica
 from spotserve.core.spec import ServingSpec
 
@@ -96,18 +95,20 @@ def tabulate(
     """
     shapes = {(replica.pipeline, replica.tensor) for replica in (*intact, *hit)}
     largest_first = sorted(memory, reverse=True)
+    sizes = ShardSizes(spec.model, block_tokens=spec.limits.kv_block_tokens)
     rows: list[Candidate] = []
     for tensor in range(1, min(max_tensor_degree(spec.model), len(memory)) + 1):
         for pipeline in range(1, min(spec.model.num_layers, len(memory) // tensor) + 1):
             reshaped = bool(shapes) and (pipeline, tensor) not in shapes
             rows += _rows_of_shape(
-                spec, largest_first, workload, intact, pipeline=pipeline, tensor=tensor, reshaped=reshaped
+                spec, sizes, largest_first, workload, intact, pipeline=pipeline, tensor=tensor, reshaped=reshaped
             )
     return tuple(rows)
 
 
 def _rows_of_shape(
     spec: ServingSpec,
+    sizes: ShardSizes,
     largest_first: Sequence[int],
     workload: Workload,
     intact: Sequence[Replica],
@@ -117,10 +118,12 @@ def _rows_of_shape(
     reshaped: bool,
 ) -> list[Candidate]:
     shards = replica_shards(spec.model, pipeline=pipeline, tensor=tensor)
-    needs = max(least_position_bytes(spec.model, spec.limits, shard) for shard in shards)
+    weights = [sizes.weights(shard) for shard in shards]
+    block_bytes = [sizes.block(shard) for shard in shards]
+    least = least_kv_blocks(spec.limits)
+    needs = max(held + least * block for held, block in zip(weights, block_bytes, strict=True))
     reserve = spec.limits.migration_headroom_bytes
     roomy = needs + reserve
-    weights = [shard_bytes(spec.model, shard) for shard in shards]
     running_gpus = sum(len(replica.gpus) for replica in intact)
     same_shape = [replica for replica in intact if (replica.pipeline, replica.tensor) == (pipeline, tensor)]
     rows = []
@@ -130,10 +133,10 @@ def _rows_of_shape(
             break
         keeps_headroom = roomy <= budget
         blocks = min(
-            kv_blocks_within(spec.model, spec.limits, shard, budget - held - (reserve if keeps_headroom else 0))
-            for shard, held in zip(shards, weights, strict=True)
+            max(0, budget - held - (reserve if keeps_headroom else 0)) // block
+            for held, block in zip(weights, block_bytes, strict=True)
         )
-        blocks = max(least_kv_blocks(spec.limits), min(blocks, most_kv_blocks(spec.limits)))
+        blocks = max(least, min(blocks, most_kv_blocks(spec.limits)))
         kept_gpus = min(data, len(same_shape)) * len(shards)
         degrees = Degrees(data, pipeline, tensor, running_bound(spec.limits, blocks))
         rows.append(

@@ -18,6 +18,7 @@ from scipy.optimize import linear_sum_assignment as scipy_assignment
 
 from spotserve.core.ids import GpuId
 from spotserve.core.plan import SolverReport
+from spotserve.solvers.makespan import Ports, improve
 
 Costs = NDArray[np.int64]
 
@@ -28,13 +29,15 @@ MAX_ASSIGNMENT_MAGNITUDE = 2**60
 @dataclass(frozen=True, slots=True)
 class PlacementProblem:
     """`reuse_bytes[g][q]`: what GPU g already holds of position q; `home[g]`: its present position, if it may stay;
-    `fits[g][q]`: whether old and new contents fit side by side (a wish, not a bound: in_place needs no room)."""
+    `fits[g][q]`: whether old and new contents fit side by side (a wish, not a bound: in_place needs no room);
+    `need_bytes[q]`: all that position q holds, which `makespan` compares with what is there."""
 
     gpus: tuple[GpuId, ...]
     num_positions: int
     reuse_bytes: tuple[tuple[int, ...], ...]
     home: tuple[int | None, ...]
     fits: tuple[tuple[bool, ...], ...]
+    need_bytes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,9 @@ def place(problem: PlacementProblem, solver: str) -> Placement:
     columns = ASSIGNERS[solver](costs)
     taken = {column: row for row, column in enumerate(columns) if column < problem.num_positions}
     order = _settle_ties(problem, [taken[position] for position in range(problem.num_positions)])
+    if solver == "makespan":
+        order, report = improve(_ports(problem, weights), order)
+        return Placement(tuple(problem.gpus[row] for row in order), report)
     reused = sum(problem.reuse_bytes[row][position] for position, row in enumerate(order))
     return Placement(
         tuple(problem.gpus[row] for row in order),
@@ -75,6 +81,19 @@ def place(problem: PlacementProblem, solver: str) -> Placement:
                 "stayed": sum(problem.home[row] == position for position, row in enumerate(order)),
             },
         ),
+    )
+
+
+def _ports(problem: PlacementProblem, weights: Costs) -> Ports:
+    """The same problem as the makespan improver sees it."""
+    return Ports(
+        gpus=problem.gpus,
+        missing_bytes=tuple(
+            tuple(max(0, need - held) for need, held in zip(problem.need_bytes, row, strict=True))
+            for row in problem.reuse_bytes
+        ),
+        weights=tuple(tuple(int(weight) for weight in row) for row in weights),
+        fits=problem.fits,
     )
 
 
@@ -138,10 +157,12 @@ def assign_in_order(costs: Costs) -> list[int]:
 
 
 ASSIGNERS: dict[str, Assigner] = {
+    "makespan": assign_by_ortools,
     "assignment": assign_by_ortools,
     "hungarian": assign_by_scipy,
     "in_order": assign_in_order,
 }
+"""`makespan` starts from the assignment and improves it."""
 
 
 def reuse_of(problem: PlacementProblem, gpus: Sequence[GpuId]) -> int:

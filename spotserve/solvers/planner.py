@@ -92,6 +92,7 @@ class Planner:
     holdings: dict[GpuId, Holding]
     held: dict[GpuId, Ranges]
     reports: dict[str, SolverReport] = field(default_factory=dict)
+    free: dict[GpuId, int] = field(default_factory=dict)
 
     @property
     def policy(self) -> str:
@@ -430,6 +431,7 @@ class Planner:
                 reuse_bytes=tuple(row.reuse for row in rows),
                 home=tuple(row.home for row in rows),
                 fits=tuple(row.fits for row in rows),
+                need_bytes=self._need_bytes(shards, num_fresh, affected, heirs),
             ),
             self.solvers["place"],
         )
@@ -437,6 +439,25 @@ class Planner:
         return tuple(
             self._replica(number, num_fresh, shape, placement.gpus[number * len(shards) : (number + 1) * len(shards)])
             for number in range(num_fresh)
+        )
+
+    def _need_bytes(
+        self,
+        shards: tuple[Shard, ...],
+        num_fresh: int,
+        affected: tuple[Replica, ...],
+        heirs: Mapping[ReplicaId, int],
+    ) -> tuple[int, ...]:
+        """Weights and inherited KV of every position."""
+        progress = [0] * num_fresh
+        for replica in affected:
+            if replica.id in heirs and replica not in self.view.lost:
+                progress[heirs[replica.id]] += self._progress(replica)
+        token_bytes = [kv_block_bytes(self.problem.spec.model, shard, block_tokens=1) for shard in shards]
+        return tuple(
+            self.catalog.shard_bytes(shard) + tokens * per_token
+            for tokens in progress
+            for shard, per_token in zip(shards, token_bytes, strict=True)
         )
 
     def _placement_row(
@@ -488,11 +509,13 @@ class Planner:
 
     def _free_now(self, gpu: GpuId) -> int:
         """Memory that neither held weights nor a KV pool takes."""
-        free = self.view.memory[gpu] - self.catalog.bytes(self.held.get(gpu, {}))
-        for replica in self.problem.snapshot.world.replicas:
-            if gpu in replica.gpus:
-                free -= pool_bytes(self.catalog, self.problem, replica, gpu)
-        return free
+        if gpu not in self.free:
+            free = self.view.memory[gpu] - self.catalog.bytes(self.held.get(gpu, {}))
+            for replica in self.problem.snapshot.world.replicas:
+                if gpu in replica.gpus:
+                    free -= pool_bytes(self.catalog, self.problem, replica, gpu)
+            self.free[gpu] = free
+        return self.free[gpu]
 
     def _live_room(self, gpu: GpuId, shard: Shard) -> int:
         """Memory left for a new KV pool while the old generation still runs."""

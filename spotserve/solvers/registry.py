@@ -15,7 +15,7 @@ SOLVERS: dict[str, tuple[str, ...]] = {
     "place": tuple(ASSIGNERS),
     "migrate": tuple(PREFERENCES),
 }
-DEFAULTS = {"configure": "cpsat", "place": "assignment", "migrate": "maxflow"}
+DEFAULTS = {"configure": "cpsat", "place": "makespan", "migrate": "maxflow"}
 POLICIES = ("live", "reroute", "reparallelize")
 
 

@@ -221,8 +221,17 @@ def test_pool_too_large() -> None:
     data["target"]["replicas"][0]["kv_blocks"] = 100_000
     assert "over_memory" in codes(data)
     data = raw(spare_plan())
-    step(data, "reserve")["bytes"] = 10
+    max((one for one in data["steps"] if one["kind"] == "reserve"), key=lambda one: int(one["bytes"]))["bytes"] = 10
     assert {"over_memory"} == codes(data)
+
+
+def test_pool_taken_over_counts_once() -> None:
+    """Tests that a position that keeps its rectangle needs no second pool, and one of another size does."""
+    data = raw(spare_plan())
+    assert min(one["bytes"] for one in data["steps"] if one["kind"] == "reserve") == 0
+    assert set() == codes(data)
+    data["target"]["replicas"][0]["kv_blocks"] -= 1
+    assert "over_memory" in codes(data)
 
 
 def test_too_many_moves() -> None:

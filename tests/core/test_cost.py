@@ -6,13 +6,13 @@ import pytest
 
 from spotserve.core.cost import (
     Degrees,
+    ShardSizes,
     Workload,
     decode_ms,
     execution_ms,
     kv_blocks_within,
     layer_ms,
     least_kv_blocks,
-    least_position_bytes,
     most_kv_blocks,
     prefill_ms,
     replica_shards,
@@ -105,4 +105,13 @@ def test_kv_bounds() -> None:
         kv_blocks_within(spec.model, spec.limits, shard, size) for size in (-5, block - 1, block, 3 * block + 1)
     ]
     assert [1, 3, 4] == [running_bound(spec.limits, blocks) for blocks in (0, 3, 29)]
-    assert least_position_bytes(spec.model, spec.limits, shard) == shard_bytes(spec.model, shard) + 7 * block
+
+
+@pytest.mark.parametrize(("pipeline", "tensor"), [(1, 1), (3, 1), (2, 2), (3, 3), (8, 1)])
+def test_sizes_are_those_of_the_slice_map(pipeline: int, tensor: int) -> None:
+    """Tests that sizes counted per layer are what the slice map adds up range by range."""
+    model = tiny_spec().model
+    sizes = ShardSizes(model, block_tokens=16)
+    for shard in replica_shards(model, pipeline=pipeline, tensor=tensor):
+        assert shard_bytes(model, shard) == sizes.weights(shard)
+        assert kv_block_bytes(model, shard, block_tokens=16) == sizes.block(shard)

@@ -77,8 +77,10 @@ class RunningDaemon:
 
     def start(self, *, wait: bool = True) -> RunningDaemon:
         """Start the process; with `wait` return once it has said `ready`."""
-        command = [SPOTSERVE, "run", *self.args]
-        command += ["--port", str(self.port), "--state-dir", str(self.state_dir), "--orphan-timeout", "20"]
+        if self.process is not None and self.process.stdout is not None:
+            self.process.stdout.close()
+        command = [SPOTSERVE, "run", "--port", str(self.port), "--state-dir", str(self.state_dir)]
+        command += ["--orphan-timeout", "20", *self.args]
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 command, env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log

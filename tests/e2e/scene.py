@@ -236,6 +236,8 @@ def clear(scene: Scene) -> None:
     if process is not None and process.poll() is None:
         process.kill()
         process.wait(10)
+    if process is not None and process.stdout is not None:
+        process.stdout.close()
     for group in scene.groups().values():
         if members_of(group):
             os.killpg(group, signal.SIGKILL)

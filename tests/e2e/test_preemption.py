@@ -19,9 +19,10 @@ def references(daemon: RunningDaemon, max_tokens: int) -> list[list[int]]:
     return [stream.wait() for stream in streams]
 
 
-def test_notice_then_kill(tmp_path: Path) -> None:
+def test_notice_then_kill(tmp_path: Path, daemon_environment: dict[str, str]) -> None:
     """Tests that a notice moves KV without recompute and a kill recomputes, both with exactly the same tokens."""
-    with running(tmp_path / "state", "--gpu-memory", "24MiB", "-dp", "1", "-pp", "2", "-tp", "2") as daemon:
+    shape = ("-dp", "1", "-pp", "2", "-tp", "2")
+    with running(tmp_path / "state", "--gpu-memory", "24MiB", *shape, env=daemon_environment) as daemon:
         expected = references(daemon, 200)
         streams = [daemon.stream(prompt, max_tokens=200) for prompt in PROMPTS]
         for stream in streams:
@@ -38,4 +39,29 @@ def test_notice_then_kill(tmp_path: Path) -> None:
             stream.wait_tokens(20)
         daemon.admin("kill", instance=daemon.status()["replicas"][0]["stages"][0]["gpus"][0].split("/")[0])
         assert expected == [stream.wait() for stream in streams]
+        daemon.wait_state("serving")
+
+
+def test_default_cluster_shrinks_live(tmp_path: Path, daemon_environment: dict[str, str]) -> None:
+    """Tests that on the default cluster both notices from 4 to 2 instances move all KV, and one left is degraded."""
+    with running(tmp_path / "state", env=daemon_environment) as daemon:
+        expected = references(daemon, 120)
+        for _ in range(2):
+            streams = [daemon.stream(prompt, max_tokens=120) for prompt in PROMPTS]
+            for stream in streams:
+                stream.wait_tokens(15)
+            served = daemon.status()["replicas"][0]["stages"][0]["gpus"][0].split("/")[0]
+            daemon.admin("notice", instance=served, grace_s=15)
+            assert expected == [stream.wait() for stream in streams]
+            line = daemon.status()["migrations"][-1]
+            assert (line["mode"], line["outcome"], line["recomputed_tokens"]) == ("live", "completed", 0)
+            assert line["kv_bytes"] > 0
+            daemon.admin("kill", instance=served)
+        assert len([one for one in daemon.status()["instances"] if one["state"] == "ready"]) == 2
+        stream = daemon.stream(PROMPTS[0], max_tokens=120)
+        stream.wait_tokens(10)
+        daemon.admin("kill", instance=daemon.status()["replicas"][0]["stages"][0]["gpus"][0].split("/")[0])
+        daemon.wait_state("degraded")
+        daemon.admin("add-instance")
+        assert expected[0] == stream.wait()
         daemon.wait_state("serving")

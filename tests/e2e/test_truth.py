@@ -116,9 +116,9 @@ def test_streams_are_exact_before_across_and_after_a_kill(
             assert sampled[1:3] == [stream.by_choice for stream in drawn]
         churn.check()
         daemon.wait_state("serving")
-        line = daemon.status()["migrations"][-1]
-        assert ("lost", "completed") == (line["trigger"], line["outcome"])
-        assert line["recomputed_tokens"] > 0
+        answers = [line for line in daemon.status()["migrations"] if line["trigger"] == "lost"]
+        assert ["completed"] == [line["outcome"] for line in answers]
+        assert answers[0]["recomputed_tokens"] > 0
         assert any(len(owners(daemon, stream)) == 2 for stream in greedy)
         assert small.expected(60) == [stream.wait() for stream in small.stream_all(daemon, 60)]
 

@@ -81,6 +81,8 @@ def follower(peer: Peer, incoming: IncomingKv, *, kv_heads: tuple[int, int] = HE
 class BreakingPeer:
     """A source whose connection breaks after a few buffers, so many times."""
 
+    first_byte_s: float | None = None
+
     def __init__(self, peer: Peer, *, breaks: int, after: int = 1) -> None:
         self.peer = peer
         self.breaks = breaks

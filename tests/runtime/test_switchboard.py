@@ -16,7 +16,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from spotserve import __version__
-from spotserve.core.ids import GpuId, InstanceId
+from spotserve.core.ids import GpuId, InstanceId, ReplicaId, RequestId
 from spotserve.core.wire import (
     Command,
     CoordinatorMessage,
@@ -27,11 +27,13 @@ from spotserve.core.wire import (
     Register,
     Reply,
     SelfNotice,
+    TokenRun,
+    Tokens,
     Welcome,
 )
 from spotserve.errors import StateDirError
 from spotserve.runtime.envelope import EnvelopeError, Opener, Sealer, bearer, is_bearer
-from spotserve.runtime.link import Link, LinkCallbacks
+from spotserve.runtime.link import Link, LinkCallbacks, _Outbox
 from spotserve.runtime.proto.worker_pb2 import Envelope
 from spotserve.runtime.proto.worker_pb2_grpc import CoordinatorStub
 from spotserve.runtime.switchboard import Connected, Disconnected, Received, Switchboard
@@ -294,6 +296,29 @@ def test_the_port_is_not_shared() -> None:
             await Switchboard(secret=SECRET, term=1, greet=greet).start("127.0.0.1", switchboard.port)
 
     play(scenario)
+
+
+def test_tokens_wait_until_everything_is_said_again() -> None:
+    """Tests that after a break no token overtakes those that may be lost: a gap would reach the ledger."""
+
+    def tokens(position: int, *, again: bool = False, replica: str = "r1") -> Tokens:
+        run = TokenRun(request=RequestId("a"), choice=0, position=position, token_ids=(7,))
+        return Tokens(replica=ReplicaId(replica), generation=1, runs=(run,), again=again)
+
+    outbox = _Outbox()
+    stream = outbox.open()
+    outbox.put(tokens(5))
+    outbox.put(tokens(3, replica="r2"))
+    outbox.put(SelfNotice(grace_s=1.0))
+    outbox.hold_tokens(ReplicaId("r1"), 1)
+    outbox.put(tokens(6))
+    outbox.put(tokens(4, again=True))
+    outbox.put(tokens(7))
+    outbox.welcome()
+    said = [outbox.take(stream) for _ in range(4)]
+    assert [tokens(3, replica="r2"), SelfNotice(grace_s=1.0), tokens(4, again=True), tokens(7)] == said
+    outbox.open()
+    assert outbox.take(stream) is None
 
 
 def test_envelopes_are_numbered_and_the_secret_is_compared_whole() -> None:
