@@ -289,7 +289,7 @@ def _notes() -> str:
             "- A *noticed stall* (cut-over stall) is the gap between a stream's last token of the old replica"
             " generation and its first of the new one, for every request that changed hands in a run that was over"
             " before the instance was taken. Beside it stands the longest gap of any stream from the notice to the end"
-            " of the run: it has the prefills of requests that arrive meanwhile in it, as gaps while nothing happens do.",
+            " of the run: it has the prefills of requests that arrive meanwhile in it, as calm gaps do.",
             "- Latency and TTFT count from the time a request was due to be sent. A request that is unfinished when the"
             " run ends counts with its latency so far, and its stream's last gap runs to the end of the run.",
             "- *Recomputed* are tokens that were prefilled a second time. Bytes are those received and verified by"

@@ -6,22 +6,26 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spotserve.api.server import build_app, check_exposure
+import psutil
+
+from spotserve.api.server import bind, build_app, check_exposure
 from spotserve.api.server import serve as serve_http
 from spotserve.api.text import StopJudge
 from spotserve.api.tokenizer import GenerationDefaults, TextCodec
 from spotserve.api.validation import ModelInfo
-from spotserve.cloud.local import LocalCloud
+from spotserve.cloud.local import LocalCloud, check_capacity
 from spotserve.cloud.player import TracePlayer
-from spotserve.cloud.traces import read_trace
+from spotserve.cloud.traces import Trace, read_trace
 from spotserve.core import events as ev
 from spotserve.core import wire
 from spotserve.core.canonical import canonical_json, digest
@@ -33,7 +37,7 @@ from spotserve.core.plan import Plan
 from spotserve.core.ports import ChoiceDelta, NewRequest, RequestView
 from spotserve.core.sizing import size_limits
 from spotserve.core.snapshot import RequestProgress, Snapshot
-from spotserve.core.spec import ModelSpec, ServingSpec
+from spotserve.core.spec import Limits, ModelSpec, Profile, ServingSpec
 from spotserve.core.state import ClusterState, world_of
 from spotserve.core.status import service_status
 from spotserve.errors import (
@@ -46,9 +50,10 @@ from spotserve.errors import (
     UnknownInstanceError,
 )
 from spotserve.log import configure_logging, get_logger
+from spotserve.runtime.architecture import read_architecture
 from spotserve.runtime.checkpoint_header import validate_checkpoint
 from spotserve.runtime.failpoints import failpoint_variables
-from spotserve.runtime.forkserver_client import ForkServer
+from spotserve.runtime.forkserver_client import ForkServer, ForkServerError
 from spotserve.runtime.instance import default_memory_bytes
 from spotserve.runtime.live_world import LiveWorld
 from spotserve.runtime.profiles import profile_of, write_whole
@@ -78,12 +83,42 @@ def serve(options: RunOptions) -> int:
     return asyncio.run(_serve(options))
 
 
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a person gave, read and found good while nothing was started and nothing written yet."""
+
+    folder: Path
+    codec: TextCodec | None
+    defaults: GenerationDefaults
+    trace: Trace | None
+    listener: socket.socket
+    """Owns the HTTP address; listened on when the front door opens."""
+
+
 async def _serve(options: RunOptions) -> int:
-    folder = Path(options.model) if options.model is not None else BUILTIN_MODEL
-    validate_checkpoint(folder)
-    with StateDir(Path(options.state_dir), fresh=options.fresh) as state_dir:
-        daemon = await Daemon.build(options, folder, state_dir)
+    inputs = _checked(options)
+    with inputs.listener, StateDir(Path(options.state_dir), fresh=options.fresh) as state_dir:
+        daemon = await Daemon.build(options, inputs, state_dir)
         return await daemon.run()
+
+
+def _checked(options: RunOptions) -> Inputs:
+    """Read what was given, the cheapest first. Raises SpecError, ModelError or PortError."""
+    folder = Path(options.model) if options.model is not None else BUILTIN_MODEL
+    check_capacity(
+        options.instances * options.gpus_per_instance,
+        num_cores=os.cpu_count() or 1,
+        free_bytes=psutil.virtual_memory().available,
+    )
+    validate_checkpoint(folder)
+    read_architecture(folder)
+    return Inputs(
+        folder=folder,
+        codec=TextCodec.load(folder),
+        defaults=GenerationDefaults.load(folder),
+        trace=None if options.trace is None else read_trace(Path(options.trace), living=options.instances),
+        listener=bind(options.host, options.port),
+    )
 
 
 class Daemon:
@@ -102,8 +137,7 @@ class Daemon:
         switchboard: Switchboard,
         forkserver: ForkServer,
         planner: PlannerProcess,
-        codec: TextCodec | None,
-        info: ModelInfo,
+        inputs: Inputs,
         continued: bool,
     ) -> None:
         self.options = options
@@ -116,8 +150,7 @@ class Daemon:
         self._switchboard = switchboard
         self._forkserver = forkserver
         self._planner = planner
-        self._codec = codec
-        self._info = info
+        self._inputs = inputs
         self._continued = continued
         self._arrivals: deque[float] = deque()
         self._submitting = 0
@@ -128,26 +161,34 @@ class Daemon:
     # Building
 
     @classmethod
-    async def build(cls, options: RunOptions, folder: Path, state_dir: StateDir) -> Daemon:
+    async def build(cls, options: RunOptions, inputs: Inputs, state_dir: StateDir) -> Daemon:
         """Bring up everything but the workers; nothing is left half-started when this raises."""
-        trace = None if options.trace is None else read_trace(Path(options.trace), living=options.instances)
-        codec = TextCodec.load(folder)
-        forkserver, spec = await asyncio.gather(
-            asyncio.to_thread(ForkServer.start, log=state_dir.logs_path / "forkserver.log"),
-            _serving_spec(options, folder, state_dir.path),
-        )
+        async with contextlib.AsyncExitStack() as undo:
+            daemon = await cls._build(options, inputs, state_dir, undo)
+            undo.pop_all()
+        return daemon
+
+    @classmethod
+    async def _build(
+        cls, options: RunOptions, inputs: Inputs, state_dir: StateDir, undo: contextlib.AsyncExitStack
+    ) -> Daemon:
+        forkserver, spec = await _forked_and_measured(options, inputs.folder, state_dir)
+        undo.push_async_callback(asyncio.to_thread, forkserver.close)
         opened = state_dir.open_journal(model_digest=spec.model.digest, dtype=spec.model.dtype, now_unix_s=time.time())
+        undo.callback(opened.journal.close)
         controller, began_s = _folded(opened.journal, opened.continued)
         if controller.state.spec is not None:
             spec = controller.state.spec
-        ledger = Ledger(state_dir.ledger_path, judge=StopJudge(codec), on_failure=_die)
+        ledger = Ledger(state_dir.ledger_path, judge=StopJudge(inputs.codec), on_failure=_die)
+        undo.push_async_callback(asyncio.to_thread, ledger.shutdown)
         planner = PlannerProcess()
         switchboard = Switchboard(
             secret=state_dir.secret(),
             term=state_dir.term,
-            greet=_greeter(options, spec, folder, state_dir.term, controller),
+            greet=_greeter(options, spec, inputs.folder, state_dir.term, controller),
         )
         await switchboard.start("127.0.0.1", state_dir.worker_port())
+        undo.push_async_callback(switchboard.stop)
         cloud = LocalCloud(
             forkserver,
             log_folder=state_dir.logs_path,
@@ -177,11 +218,10 @@ class Daemon:
             switchboard=switchboard,
             forkserver=forkserver,
             planner=planner,
-            codec=codec,
-            info=_model_info(options, spec, folder),
+            inputs=inputs,
             continued=opened.continued and controller.state.spec is not None,
         )
-        daemon.player = None if trace is None else TracePlayer(trace, daemon, played_s=began_s)
+        daemon.player = None if inputs.trace is None else TracePlayer(inputs.trace, daemon)
         return daemon
 
     # Running
@@ -240,10 +280,11 @@ class Daemon:
         self._world.adopt(num_instances=self.options.instances)
 
     async def _serve_http(self) -> None:
-        app = build_app(self, self, self._codec, self._info, api_key=self.options.api_key)
+        info = _model_info(self.options, self.spec, self._inputs)
+        app = build_app(self, self, self._inputs.codec, info, api_key=self.options.api_key)
         started = asyncio.create_task(self._announce())
         try:
-            await serve_http(app, self.options.host, self.options.port, self._listening)
+            await serve_http(app, self._inputs.listener, self._listening)
         finally:
             started.cancel()
 
@@ -395,7 +436,9 @@ class Daemon:
             )
             for request in state.requests.values()
         )
-        return self.spec.model_dump(mode="json"), Snapshot(world=world, requests=requests, load_rps=state.load_rps)
+        return self.spec.model_dump(mode="json"), Snapshot(
+            world=world, requests=requests, load_rps=state.load_rps, next_epoch=state.next_epoch
+        )
 
     async def apply(self, plan: Plan) -> dict[str, Any]:
         """Run a plan that was made for the world as it is; returns at released or aborted."""
@@ -426,29 +469,62 @@ class Daemon:
 # Parts
 
 
-async def _serving_spec(options: RunOptions, folder: Path, state_path: Path) -> ServingSpec:
-    """What is served: parameter table and profile, each made once by a short process and kept in the state dir."""
-    cache = Path(os.environ.get("SPOTSERVE_PROFILE_CACHE", state_path / "profiles"))
+async def _forked_and_measured(
+    options: RunOptions, folder: Path, state_dir: StateDir
+) -> tuple[ForkServer, ServingSpec]:
+    """The forkserver, and what is served: parameter table and profile, each made once by a short process and kept.
+
+    What can be refused is refused before the forkserver starts, which takes seconds.
+    """
+    cache = Path(os.environ.get("SPOTSERVE_PROFILE_CACHE", state_dir.path / "profiles"))
     model = await asyncio.to_thread(_described, folder, options.dtype, cache)
-    profile = await asyncio.to_thread(profile_of, folder, device=options.device, dtype=options.dtype, cache=cache)
+    limits = _limits(options, model)
+    forking = asyncio.create_task(asyncio.to_thread(ForkServer.start, log=state_dir.logs_path / "forkserver.log"))
+    try:
+        profile = await asyncio.to_thread(profile_of, folder, device=options.device, dtype=options.dtype, cache=cache)
+    except BaseException:
+        with contextlib.suppress(ForkServerError):
+            await asyncio.to_thread((await forking).close)
+        raise
+    spec = ServingSpec(
+        model=model,
+        profile=_as_capped(profile),
+        limits=limits,
+        policy=options.policy,
+        solvers=options.solvers,
+        deterministic=options.deterministic,
+    )
+    return await forking, spec
+
+
+def _link_cap() -> float | None:
+    """Bytes per second that a worker's bulk transfers are held to, if a person wants a slower network."""
+    cap = os.environ.get("SPOTSERVE_LINK_BYTES_PER_S")
+    return None if cap is None else float(cap)
+
+
+def _as_capped(profile: Profile) -> Profile:
+    """The profile with links no faster than they are held to: plans must not count on what the workers will not do."""
+    cap = _link_cap()
+    if cap is None or profile.link_bytes_per_s <= cap:
+        return profile
+    return profile.model_copy(update={"link_bytes_per_s": cap})
+
+
+def _limits(options: RunOptions, model: ModelSpec) -> Limits:
     max_model_len = options.max_model_len if options.max_model_len is not None else model.max_model_len
     if max_model_len > model.max_model_len:
-        raise SpecError(f"max_model_len {max_model_len} exceeds the model's {model.max_model_len}")
-    limits = size_limits(
+        raise SpecError(
+            f"--max-model-len {max_model_len} exceeds the model's {model.max_model_len}",
+            hint=f"choose --max-model-len up to {model.max_model_len}",
+        )
+    return size_limits(
         model,
         gpu_memory_bytes=_gpu_memory_bytes(options),
         num_gpus=options.instances * options.gpus_per_instance,
         max_model_len=max_model_len,
         max_running=options.max_num_seqs,
         degrees=(options.data, options.pipeline, options.tensor),
-    )
-    return ServingSpec(
-        model=model,
-        profile=profile,
-        limits=limits,
-        policy=options.policy,
-        solvers=options.solvers,
-        deterministic=options.deterministic,
     )
 
 
@@ -505,7 +581,7 @@ def _worker_args(
 
 def _greeter(options: RunOptions, spec: ServingSpec, folder: Path, term: int, controller: Controller) -> Any:
     """Welcomes workers of instances that the controller asked for, refuses all others."""
-    cap = os.environ.get("SPOTSERVE_LINK_BYTES_PER_S")
+    cap = _link_cap()
 
     def greet(register: wire.Register) -> wire.Welcome | wire.Refused:
         known = controller.state.instances.get(register.instance)
@@ -515,7 +591,7 @@ def _greeter(options: RunOptions, spec: ServingSpec, folder: Path, term: int, co
             term=term,
             spec=spec,
             model_path=str(folder.resolve()),
-            link_bytes_per_s=None if cap is None else float(cap),
+            link_bytes_per_s=cap,
             orphan_timeout_s=options.orphan_timeout_s,
         )
 
@@ -535,16 +611,16 @@ def _folded(journal: Journal, continued: bool) -> tuple[Controller, float]:
     return controller, journal.last_at_s
 
 
-def _model_info(options: RunOptions, spec: ServingSpec, folder: Path) -> ModelInfo:
+def _model_info(options: RunOptions, spec: ServingSpec, inputs: Inputs) -> ModelInfo:
     name = options.served_model_name
     if name is None:
-        name = "spotserve-builtin" if options.model is None else folder.resolve().name
+        name = "spotserve-builtin" if options.model is None else inputs.folder.resolve().name
     return ModelInfo(
         name=name,
         vocab_size=spec.model.vocab_size,
         max_model_len=spec.limits.max_model_len,
         created_unix_s=int(time.time()),
-        defaults=GenerationDefaults.load(folder),
+        defaults=inputs.defaults,
     )
 
 

@@ -73,6 +73,12 @@ class DaemonUnreachableError(SpotServeError):
     code = "SPS-150"
 
 
+class PortError(SpotServeError):
+    """The address to listen on is taken, or is not for us."""
+
+    code = "SPS-151"
+
+
 class StateDirError(SpotServeError):
     """The state dir is locked, unwritable, corrupt or belongs to another model."""
 

@@ -37,7 +37,7 @@ from spotserve.api.tokenizer import TextCodec
 from spotserve.api.validation import ModelInfo, check_model
 from spotserve.core.ids import RequestId
 from spotserve.core.ports import Administration, Frontdoor
-from spotserve.errors import SpecError, SpotServeError
+from spotserve.errors import PortError, SpecError, SpotServeError
 from spotserve.log import get_logger
 
 _Access = Literal["public", "key", "admin"]
@@ -274,8 +274,7 @@ class Gate:
 
 async def serve(
     app: ASGIApp,
-    host: str,
-    port: int,
+    listener: socket.socket,
     on_started: Callable[[str], None] | None = None,
     *,
     bounds: ReceiptBounds | None = None,
@@ -284,15 +283,10 @@ async def serve(
 
     Args:
         app: What `build_app` made.
-        host: Address or name to listen on.
-        port: Port, 0 for any free one.
+        listener: What `bind` made; closed at the end.
         on_started: Called with the URL once connections are taken.
         bounds: Limits of what a peer may send and how slowly.
-
-    Raises:
-        SpecError: The address cannot be listened on.
     """
-    listener = _listen(host, port)
     config = uvicorn.Config(
         app,
         http=bounded_protocol(bounds or ReceiptBounds()),
@@ -306,7 +300,7 @@ async def serve(
         timeout_graceful_shutdown=_CLOSE_STREAMS_S,
         backlog=2048,
     )
-    server = _Server(config, on_started=lambda: on_started(_url(host, listener)) if on_started else None)
+    server = _Server(config, on_started=lambda: on_started(_url(listener)) if on_started else None)
     running = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         await asyncio.shield(running)
@@ -334,7 +328,13 @@ class _Server(uvicorn.Server):
         self._on_started()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that owns the address; nobody can connect before `serve` listens on it.
+
+    Raises:
+        SpecError: There is no such address.
+        PortError: The address cannot be had.
+    """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, OverflowError, UnicodeError) as error:
@@ -344,16 +344,15 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(2048)
         listener.setblocking(False)
     except OSError as error:
         listener.close()
-        raise SpecError(
+        raise PortError(
             f"port {port} on {host} cannot be used: {error.strerror}", hint="choose another with --port"
         ) from error
     return listener
 
 
-def _url(host: str, listener: socket.socket) -> str:
-    port = listener.getsockname()[1]
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -23,7 +23,7 @@ ENTRY = "from spotserve.cli.main import main; main()"
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 30.0
 KEPT_VARIABLES = ("SPOTSERVE_FORKSERVER", "SPOTSERVE_PROFILE_CACHE")
-"""Of the variables that change a daemon only these reach the demo's: they change where it finds things, not what it is."""
+"""The variables that say where a daemon finds things; those that say what it is do not reach the demo's."""
 
 
 @contextmanager

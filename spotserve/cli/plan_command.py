@@ -154,7 +154,8 @@ def problem_of(spec: ServingSpec, snapshot: Snapshot, trigger: Trigger | None, h
         trigger = Trigger(kind="joined", instances=joined)
     elif trigger is None:
         trigger = Trigger(kind="load" if snapshot.world.replicas else "start")
-    return PlanningProblem(spec=spec, snapshot=snapshot, trigger=trigger, epoch_to=snapshot.world.epoch + 1)
+    epoch_to = snapshot.next_epoch if snapshot.next_epoch is not None else snapshot.world.epoch + 1
+    return PlanningProblem(spec=spec, snapshot=snapshot, trigger=trigger, epoch_to=epoch_to)
 
 
 def losing(snapshot: Snapshot, happening: Happening) -> Trigger:

@@ -17,8 +17,12 @@ from typing import Protocol
 import psutil
 
 from spotserve.core.ids import InstanceId
+from spotserve.errors import SpecError
 from spotserve.log import get_logger
 
+MAX_WORKERS_PER_CORE = 16
+WORKER_BYTES = 64 * 2**20
+"""What a worker process takes beside its emulated GPU's memory (measured: 40 MiB of its own for a small model)."""
 START_TIME_TOLERANCE_S = 0.05
 REAP_TIMEOUT_S = 5.0
 _POLL_S = 0.01
@@ -113,6 +117,17 @@ class LocalCloud:
         except FileNotFoundError:
             return []
         return text.splitlines()[-count:]
+
+
+def check_capacity(num_workers: int, *, num_cores: int, free_bytes: int) -> None:
+    """Refuse a fleet that this machine cannot run. Raises SpecError."""
+    bound = min(MAX_WORKERS_PER_CORE * num_cores, free_bytes // WORKER_BYTES)
+    if num_workers > bound:
+        raise SpecError(
+            f"{num_workers} workers exceed {bound}, which is what {num_cores} cores and "
+            f"{free_bytes / 2**30:.1f} GiB of free memory can run",
+            hint=f"choose --instances times --gpus-per-instance up to {bound}",
+        )
 
 
 def signal_group(instance: LocalInstance, number: int) -> bool:

@@ -61,7 +61,9 @@ def _restarted(state: ClusterState, event: ev.CoordinatorRestarted) -> ClusterSt
     state = state.model_copy(
         update={"term": event.term, "planning": None, "retry_at_s": None, "stop_by_s": None, "stopped": False}
     )
-    missing = max(0, event.num_instances - len(state.living()))
+    # An instance that did not dial in again is about to be told lost: it does not count any more.
+    present = [i for i in state.living() if all(gpu.id in event.workers for gpu in i.gpus)]
+    missing = max(0, event.num_instances - len(present))
     for _ in range(missing):
         state = _add_instance(state, "spot")
     if state.serving():

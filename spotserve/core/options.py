@@ -19,7 +19,7 @@ LogFormat = Literal["console", "json"]
 POLICY_NAMES = ("live", "reroute", "reparallelize")
 SOLVER_NAMES: dict[str, tuple[str, ...]] = {
     "configure": ("cpsat", "enumerate"),
-    "place": ("assignment", "hungarian", "in_order"),
+    "place": ("makespan", "assignment", "hungarian", "in_order"),
     "migrate": ("maxflow", "layered", "first_holder"),
 }
 """By kind. The registry in solvers/ brings ortools, which the coordinator never loads; a test keeps the two equal."""

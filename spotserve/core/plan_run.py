@@ -30,8 +30,12 @@ def begin(state: ClusterState, plan: Plan) -> Iterator[cmd.Command]:
     command = cmd.BeginRun(plan=plan)
     yield command
     state = record(state, command)
-    patience_s = RUN_PATIENCE_S + 3 * plan.estimates.done_s
+    waits = {s.not_before_s for s in plan.steps if isinstance(s, Quiesce) and s.not_before_s > 0}
+    patience_s = RUN_PATIENCE_S + 3 * plan.estimates.done_s + max(waits, default=0.0)
     yield cmd.SetTimer(timer=f"run:{plan.epoch.to}", at_s=state.at_s + patience_s)
+    for wait_s in sorted(waits):
+        # Told apart by its time: each wakes the run once, which then looks what may start.
+        yield cmd.SetTimer(timer=f"quiesce:{plan.epoch.to}:{wait_s}", at_s=state.at_s + wait_s)
     latest = [s.latest_s for s in plan.steps if isinstance(s, Quiesce) and s.latest_s is not None]
     if latest:
         yield cmd.SetTimer(timer=f"latest:{plan.epoch.to}", at_s=state.at_s + min(latest))
@@ -90,8 +94,12 @@ def _abort_reason(state: ClusterState, run: PlanRun, event: ev.Event) -> str | N
 
 
 def _abort(state: ClusterState, run: PlanRun, reason: str) -> Iterator[cmd.Command]:
+    # One that was asked to quiesce and has not answered may stop at any moment: it is told to go on as well.
+    asked = {step.replica for step in run.plan.steps if isinstance(step, Quiesce) and run.steps[step.id] != "pending"}
     resume = tuple(
-        (name, entry.replica.generation) for name, entry in state.replicas.items() if entry.state == "quiesced"
+        (name, entry.replica.generation)
+        for name, entry in state.replicas.items()
+        if entry.state == "quiesced" or (entry.state == "serving" and name in asked)
     )
     yield cmd.AbortRun(epoch=run.epoch, reason=reason, resume=resume)
     if state.trigger is None:
@@ -101,7 +109,9 @@ def _abort(state: ClusterState, run: PlanRun, reason: str) -> Iterator[cmd.Comma
 def _advance(state: ClusterState, run: PlanRun) -> Iterator[cmd.Command]:
     """Everything that can happen now; a step that ends at once lets the next begin in the same entry."""
     for step in run.plan.steps:
-        if run.steps[step.id] == "pending" and step.kind not in ("commit", "recompute") and _may_start(run, step):
+        if step.kind in ("commit", "recompute") or run.steps[step.id] != "pending":
+            continue
+        if _may_start(run, step) and _is_time(state, run, step):
             command = _execution(state, run, step)
             yield command
             state = record(state, command)
@@ -124,6 +134,11 @@ def _advance(state: ClusterState, run: PlanRun) -> Iterator[cmd.Command]:
 
 def _settled(run: PlanRun, step_id: str) -> bool:
     return any(run.steps[name] in ("done", "late") for name in run.steps if name == step_id)
+
+
+def _is_time(state: ClusterState, run: PlanRun, step: Step) -> bool:
+    """A quiesce waits for requests that end before it; whatever else is ready starts."""
+    return not isinstance(step, Quiesce) or state.at_s >= run.begun_at_s + step.not_before_s
 
 
 def _may_start(run: PlanRun, step: Step) -> bool:

@@ -23,10 +23,16 @@ def make_plan(before: ClusterState, state: ClusterState, event: ev.Event) -> Ite
     elif isinstance(event, ev.PlanFailed) and state.planning is not None:
         yield cmd.DropPlan(reason=event.error, again=True)
         yield cmd.SetTimer(timer="replan", at_s=retry_at_s(state))
-    elif isinstance(event, ev.PlanSubmitted) and state.run is None and event.membership == state.membership:
+    elif isinstance(event, ev.PlanSubmitted) and _may_apply(state, event):
         yield from begin(state, event.plan)
     if isinstance(event, ev.TimerFired) and event.timer == "replan" and state.trigger is None and state.run is None:
         yield from _start_planning(state, "joined")
+
+
+def _may_apply(state: ClusterState, event: ev.PlanSubmitted) -> bool:
+    """Nothing else is under way, the membership is the one that was checked, and the epoch was never used."""
+    current = event.membership == state.membership and event.plan.epoch.to >= state.next_epoch
+    return state.run is None and current
 
 
 def _start_planning(state: ClusterState, kind: str) -> Iterator[cmd.Command]:

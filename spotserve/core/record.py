@@ -21,7 +21,7 @@ def _snapshot(state: ClusterState, command: cmd.TakeSnapshot) -> ClusterState:
     planning = Planning(
         phase="snapshot", trigger=command.trigger, membership=state.membership, epoch_to=state.next_epoch
     )
-    return state.model_copy(update={"planning": planning, "next_epoch": state.next_epoch + 1})
+    return state.model_copy(update={"planning": planning})
 
 
 def _solve(state: ClusterState, command: cmd.SolvePlan) -> ClusterState:
@@ -122,6 +122,8 @@ def _abort(state: ClusterState, command: cmd.AbortRun) -> ClusterState:
     fire(PLAN_RUN, run.state, "aborted")
     for name, _generation in command.resume:
         entry = state.replicas[name]
+        if entry.state != "quiesced":
+            continue
         state = state.with_replica(entry.model_copy(update={"state": fire(REPLICA, entry.state, "resumed")}))
         for request in state.requests_of(name, entry.replica.generation):
             trigger = "first_token" if request.had_token else "admitted"
@@ -173,6 +175,7 @@ def _drop_plan(state: ClusterState, command: cmd.DropPlan) -> ClusterState:
     if planning is not None and planning.trigger.kind == "lost" and not command.again and not command.infeasible:
         # The untouched replicas took the requests over: a migration by recompute alone.
         state = _open_migration(state, planning.epoch_to, "lost", mode="live", outcome="completed")
+        state = state.model_copy(update={"next_epoch": planning.epoch_to + 1})
     update: dict[str, object] = {"planning": None, "infeasible": command.infeasible}
     if not command.again:
         update["trigger"] = None

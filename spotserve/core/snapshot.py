@@ -111,3 +111,5 @@ class Snapshot(Frozen):
     world: World
     requests: tuple[RequestProgress, ...] = ()
     load_rps: float = Field(default=0.0, ge=0)
+    next_epoch: int | None = None
+    """The first epoch that no run has used, aborted ones included; None: the one after the world's."""

@@ -344,7 +344,7 @@ class Agent:
         follower.is_caught_up.wait()
         if follower.error is not None:
             raise TransferError(follower.error)
-        return {"bytes": follower.bytes_verified, **_first_byte(follower.first_byte_s)}
+        return {"bytes": follower.take_bytes(), **_first_byte(follower.first_byte_s)}
 
     def _copy_kv_delta(self, command: CopyKvDeltaCommand) -> dict[str, Any]:
         if self._shares_pool(command):
@@ -356,7 +356,7 @@ class Agent:
         missing = follower.finish(command.manifest)
         follower.close()
         return {
-            "bytes": follower.bytes_verified,
+            "bytes": follower.take_bytes(),
             "missing": [list(item) for item in missing],
             **_first_byte(follower.first_byte_s),
         }

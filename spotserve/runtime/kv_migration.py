@@ -158,6 +158,7 @@ class KvFollower:
     ) -> None:
         self.is_caught_up = threading.Event()
         self.bytes_verified = 0
+        self._bytes_taken = 0
         self.error: str | None = None
         self._peer = peer
         self._from: tuple[ReplicaId, int] = (route.from_replica, source_generation)
@@ -173,6 +174,12 @@ class KvFollower:
     def first_byte_s(self) -> float | None:
         """When the first transfer chunk came, if one has."""
         return self._peer.first_byte_s
+
+    def take_bytes(self) -> int:
+        """Bytes verified since the last call: `copy_kv` and its delta each report their own."""
+        num_bytes = self.bytes_verified
+        taken, self._bytes_taken = num_bytes - self._bytes_taken, num_bytes
+        return taken
 
     def start(self) -> None:
         """Follow on a thread of its own."""

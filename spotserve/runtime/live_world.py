@@ -475,15 +475,15 @@ class LiveWorld:
     async def _abort_run(self, command_id: str, command: cmd.AbortRun) -> None:
         log.warning("plan_aborted", epoch=command.epoch, reason=command.reason)
         self._steps.finish(command.epoch)
+        # The streams of a quiesced replica wait for nothing else.
+        resumes = [self.resume(f"{command_id}.resume", name, generation) for name, generation in command.resume]
         aborts = [
             self.switchboard.command(
                 worker, wire.AbortCommand(term=self.term, command=f"{command_id}@{worker}", epoch=command.epoch)
             )
             for worker in self.switchboard.connected()
         ]
-        await asyncio.gather(*aborts)
-        for name, generation in command.resume:
-            await self.resume(f"{command_id}.resume", name, generation)
+        await asyncio.gather(*resumes, *aborts)
 
     async def resume(self, command_id: str, replica: ReplicaId, generation: int) -> None:
         """A quiesced leader goes on decoding."""

@@ -8,7 +8,6 @@ the coordinator never imports transformers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +20,7 @@ from transformers import AutoConfig
 from spotserve.core.slices import column_chunks, head_chunks
 from spotserve.core.spec import DTYPE_BYTES, Axis, DType, ModelSpec, Parameter, ParameterKind, Segment
 from spotserve.errors import ModelError
+from spotserve.runtime.architecture import read_architecture
 from spotserve.runtime.checkpoint_header import CheckpointLayout, validate_checkpoint
 
 KINDS: Mapping[str, ParameterKind] = {
@@ -31,9 +31,6 @@ KINDS: Mapping[str, ParameterKind] = {
     "replicated_with_grad_allreduce": "replicated",
 }
 """The style strings of transformers' plans that we execute, and what each means to us."""
-
-ARCHITECTURES = ("LlamaForCausalLM",)
-"""Architectures whose tokens are tested equal to transformers' own, for every cut."""
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose angles depend on the position alone, not on the length of the sequence."""
@@ -65,7 +62,7 @@ def describe_model(folder: Path, dtype: str | None = None) -> ModelSpec:
         ModelError: missing, corrupt or unsupported, in one line.
     """
     layout = validate_checkpoint(folder)
-    architecture = _architecture(folder)
+    architecture = read_architecture(folder)
     config = load_config(folder)
     model_class = getattr(transformers, architecture)
     if not isinstance(config, model_class.config_class):
@@ -101,27 +98,6 @@ def load_config(folder: Path) -> Any:
     except (StrictDataclassError, ValueError, KeyError, TypeError, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"{folder / 'config.json'} is not accepted by transformers: {reason}") from error
-
-
-def _architecture(folder: Path) -> str:
-    path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text())
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} is {type(content).__name__}, not an object")
-    if "auto_map" in content:
-        raise ModelError(f"{path} has auto_map: the model wants to run code of its own, which is never done")
-    if content.get("quantization_config") is not None:
-        raise ModelError(f"{path} has a quantization_config", hint="give a float32, bfloat16 or float16 checkpoint")
-    names = content.get("architectures")
-    known = ", ".join(ARCHITECTURES)
-    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-        raise ModelError(f"{path} names no single architecture, known: {known}")
-    if names[0] not in ARCHITECTURES:
-        raise ModelError(f"architecture {names[0]} is not supported, known: {known}")
-    return names[0]
 
 
 def _check_features(config: Any) -> None:

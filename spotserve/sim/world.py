@@ -104,6 +104,7 @@ class VirtualWorld:
         self.holdings: dict[GpuId, dict[Owner, Shard]] = {}
         self.plans: dict[int, Plan] = {}
         self.fenced: set[Owner] = set()
+        self.aborted: set[int] = set()
         self.submitted: set[str] = set()
         self._heap: list[tuple[float, int, Callable[[], ev.Event | None], bool]] = []
         self._events_left: int | None = None
@@ -314,7 +315,8 @@ class VirtualWorld:
         if self.random.random() < self.failure_share:
             return ev.StepFailed(at_s=self.at_s, epoch=command.epoch, step=step.id, error="drawn by the seed")
         if step.kind == "quiesce":
-            return self._quiesce(command, step.replica)
+            # A leader takes its commands in order: the resume of an abort comes after the quiesce it undoes.
+            return None if command.epoch in self.aborted else self._quiesce(command, step.replica)
         if step.kind == "activate":
             return self._activate(command)
         if step.kind == "reserve":
@@ -406,6 +408,7 @@ class VirtualWorld:
             self.requests[change.request].owner = owner
 
     def _abort_run(self, command_id: str, command: cmd.AbortRun) -> None:
+        self.aborted.add(command.epoch)
         for owner, virtual in tuple(self.replicas.items()):
             if owner[1] == command.epoch:
                 virtual.state = "dead"

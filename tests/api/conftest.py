@@ -16,7 +16,7 @@ import pytest
 
 from spotserve.api.fake import FakeAdministration, FakeFrontdoor
 from spotserve.api.protocol import ReceiptBounds
-from spotserve.api.server import build_app, serve
+from spotserve.api.server import bind, build_app, serve
 from spotserve.api.text import StopJudge
 from spotserve.api.tokenizer import GenerationDefaults, TextCodec
 from spotserve.api.validation import ModelInfo
@@ -118,7 +118,7 @@ def start(
 
     async def run() -> None:
         try:
-            await serve(app, "127.0.0.1", 0, started, bounds=bounds)
+            await serve(app, bind("127.0.0.1", 0), started, bounds=bounds)
         except asyncio.CancelledError:
             await frontdoor.close()
 

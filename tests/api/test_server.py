@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import socket
@@ -11,8 +10,8 @@ from collections.abc import Callable
 import pytest
 
 from spotserve.api.protocol import ReceiptBounds
-from spotserve.api.server import serve
-from spotserve.errors import SpecError
+from spotserve.api.server import bind
+from spotserve.errors import PortError, SpecError
 from tests.api.conftest import Served
 from tests.api.folder import MAX_MODEL_LEN
 
@@ -177,15 +176,11 @@ def test_deadlines_do_not_cut_answers(serving: Callable[..., Served]) -> None:
 
 def test_a_taken_port_is_one_line(shared: Served) -> None:
     """Tests that a taken port is told with the way out, and an address that is none as well."""
-    with pytest.raises(SpecError, match=f"port {shared.port} on 127.0.0.1 cannot be used") as caught:
-        asyncio.run(serve(_nothing, "127.0.0.1", shared.port))
+    with pytest.raises(PortError, match=f"port {shared.port} on 127.0.0.1 cannot be used") as caught:
+        bind("127.0.0.1", shared.port)
     assert "--port" in str(caught.value.hint)
     with pytest.raises(SpecError, match="is no address"):
-        asyncio.run(serve(_nothing, "no.such.host.invalid", 0))
-
-
-async def _nothing(scope: object, receive: object, send: object) -> None:
-    """An application nobody reaches."""
+        bind("no.such.host.invalid", 0)
 
 
 def test_a_bug_is_a_plain_500(served: Served, capfd: pytest.CaptureFixture[str]) -> None:

@@ -219,7 +219,7 @@ def test_config_file_by_variable(tmp_path: Path) -> None:
         ("deterministic = 3\n", "deterministic 3 is neither true nor false"),
         ("host = 3\n", "host 3 is not a text"),
         ("fresh = true\n", "fresh is not a setting"),
-        ("[solver]\nplace = 3\n", "solver place=3 is not one of assignment, hungarian, in_order"),
+        ("[solver]\nplace = 3\n", "solver place=3 is not one of makespan, assignment, hungarian, in_order"),
     ],
 )
 def test_refuses_files(tmp_path: Path, text: str, words: str) -> None:

@@ -132,6 +132,12 @@ class Scene:
         lines = self.daemon.status()["migrations"]
         return bool(lines) and lines[-1]["outcome"] is None
 
+    def is_moved(self, instance: str) -> bool:
+        """Whether no plan runs and no replica is on the instance."""
+        replicas = self.daemon.status()["replicas"]
+        used = {gpu.split("/")[0] for one in replicas for stage in one["stages"] for gpu in stage["gpus"]}
+        return not self.migrating() and instance not in used
+
     def fill_up(self) -> None:
         """Bring the number of instances back to what it was at the start."""
         for _ in range(self.num_living - len(self.living())):

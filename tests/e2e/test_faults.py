@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import httpx2 as httpx
 import pytest
 
-from tests.e2e.scene import PROMPTS, Scene, playing
+from tests.e2e.scene import PROMPTS, Scene, members_of, playing
 
 pytestmark = pytest.mark.e2e
 
@@ -183,6 +183,7 @@ def test_stopped_worker(scene: Scene, silence_s: float) -> None:
         os.killpg(group, signal.SIGCONT)
     else:
         scene.daemon.wait_for(lambda: len(scene.living()) < scene.num_living, "the silent one given up", 60)
+        assert [] == members_of(group)
     scene.check(streams)
 
 
@@ -200,3 +201,120 @@ def test_sigterm_to_an_instance_is_a_notice(scene: Scene) -> None:
     assert ("notice", 0) == (line["trigger"], line["recomputed_tokens"])
     scene.kill(leader)
     scene.check(streams)
+
+
+@pytest.fixture(scope="module")
+def tight(tmp_path_factory: pytest.TempPathFactory, daemon_environment: dict[str, str]) -> Iterator[Scene]:
+    """The built-in default: four GPUs of 6 MiB, all in use, little room for two generations at once."""
+    env = {**daemon_environment, "SPOTSERVE_LINK_BYTES_PER_S": str(LINK_BYTES_PER_S)}
+    with playing(tmp_path_factory.mktemp("tight"), env=env) as scene:
+        yield scene
+
+
+@pytest.mark.parametrize("grace_s", [0.0, 0.5, 20.0])
+def test_tight_notice(tight: Scene, grace_s: float) -> None:
+    """Tests that a notice without memory for a live move loses nothing, and that joins under load take it up again."""
+    streams = tight.decoding()
+    tight.notice(tight.serving()[0], grace_s)
+    assert tight.expected == [stream.wait() for stream in streams]
+    for name in [one["id"] for one in tight.daemon.status()["instances"] if one["state"] == "doomed"]:
+        tight.kill(name)
+    streams = tight.decoding()
+    tight.fill_up()
+    tight.check(streams)
+
+
+def test_tight_kill_of_all_but_one(tight: Scene) -> None:
+    """Tests that one GPU left serves nothing and loses nothing: streams wait until there are two again."""
+    streams = tight.decoding()
+    for name in tight.living()[1:]:
+        tight.kill(name)
+    tight.daemon.wait_state("degraded")
+    tight.daemon.admin("add-instance")
+    tight.check(streams)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "reserve:before",
+        "quiesce:after",
+        "copy_kv_delta:before",
+        "copy_weights:after",
+        "release:before",
+        "join_group:before",
+        "activate:before",
+    ],
+)
+def test_tight_lost_at(tight: Scene, place: str) -> None:
+    """Tests that an instance that stays may die at any step of an in-place plan, before its commit or after it."""
+    streams = tight.decoding()
+    doomed, *others = tight.ready()
+    tight.arm(place, others)
+    tight.notice(doomed, 60)
+    tight.daemon.wait_for(
+        lambda: not all((tight.points / f"{name}.0").exists() for name in others) or tight.is_moved(doomed),
+        "died or moved",
+        120,
+    )
+    for name in others:
+        (tight.points / f"{name}.0").unlink(missing_ok=True)
+    tight.daemon.wait_for(lambda: tight.daemon.status()["state"] in ("serving", "draining", "degraded"), "calm", 120)
+    tight.kill(doomed)
+    tight.fill_up()
+    tight.check(streams)
+
+
+def test_tight_evictions_while_moving(tight: Scene) -> None:
+    """Tests that streams that evict one another for want of blocks stay exact through a notice and a kill."""
+    before = tight.count("request_evicted")
+    streams = [stream for _ in range(4) for stream in tight.streams()]
+    tight.daemon.wait_for(lambda: tight.count("request_evicted") > before, "evicted", 120)
+    tight.notice(tight.serving()[0], 2.0)
+    assert tight.expected * 4 == [stream.wait(240) for stream in streams]
+    tight.fill_up()
+    tight.settle()
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory, daemon_environment: dict[str, str]) -> Iterator[Scene]:
+    """Two replicas, instances of two GPUs each."""
+    args = ("--instances", "3", "--gpus-per-instance", "2", "--gpu-memory", "24MiB", "-dp", "2", "-pp", "2", "-tp", "1")
+    with playing(tmp_path_factory.mktemp("pairs"), *args, env=daemon_environment) as scene:
+        yield scene
+
+
+def test_one_process_of_an_instance_dies(pairs: Scene) -> None:
+    """Tests that an instance that lost one of its GPU processes is taken as a whole, and nothing of it stays."""
+    streams = pairs.decoding()
+    name = pairs.serving()[0]
+    group = pairs.groups()[name]
+    os.kill(max(members_of(group)), signal.SIGKILL)
+    pairs.check(streams)
+    assert [] == members_of(group)
+    assert name not in pairs.living()
+
+
+@pytest.mark.parametrize("grace_s", [None, 0.3, 20.0])
+def test_one_of_two_replicas(pairs: Scene, grace_s: float | None) -> None:
+    """Tests that streams of a lost or noticed replica go on while those of the other never notice."""
+    streams = pairs.decoding()
+    name = pairs.serving()[0]
+    if grace_s is None:
+        pairs.kill(name)
+    else:
+        pairs.notice(name, grace_s)
+    assert pairs.expected == [stream.wait() for stream in streams]
+    if name in pairs.living():
+        pairs.kill(name)
+    pairs.check(streams)
+
+
+def test_load_changes(pairs: Scene) -> None:
+    """Tests that a burst of requests, and the plan that answers it, leave every stream exact."""
+    bursts = [pairs.streams() for _ in range(5)]
+    pairs.kill(pairs.serving()[0])
+    for streams in bursts:
+        assert pairs.expected == [stream.wait(240) for stream in streams]
+    pairs.fill_up()
+    pairs.settle()

@@ -15,6 +15,7 @@ from tests.e2e.scene import Scene, clear, members_of, playing, until
 pytestmark = pytest.mark.e2e
 
 ROOMY = ("--instances", "4", "--gpu-memory", "24MiB", "-dp", "1", "-pp", "2", "-tp", "1")
+ROOMY += ("--orphan-timeout", "60")
 
 
 @pytest.fixture(scope="module")

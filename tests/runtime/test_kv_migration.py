@@ -152,6 +152,21 @@ def test_follows_while_the_source_decodes() -> None:
     assert torch.equal(content(source, "a"), content(target, "a"))
 
 
+def test_a_copy_and_its_delta_report_each_byte_once() -> None:
+    """Tests that what `copy_kv` has reported is not in what the delta reports, however far the follower got between."""
+    source, target = store(seed=2), store()
+    incoming = IncomingKv(target)
+    grow(source, "a", 40)
+    following = follower(peer_of(source), incoming)
+    following.start()
+    assert following.is_caught_up.wait(10)
+    first = following.take_bytes()
+    grow(source, "a", 75)
+    assert [] == following.finish(manifest(("a", 75)))
+    assert 75 * 2 * 2 * 8 * 4 * 4 == first + following.take_bytes()
+    assert 0 == following.take_bytes()
+
+
 def test_what_the_manifest_does_not_name_is_dropped() -> None:
     """Tests that a sequence which ended meanwhile leaves no block, and that one the source lost is reported."""
     source, target = store(seed=3), store()

@@ -1,0 +1,40 @@
+"""Which models are served, judged by `config.json` alone: no torch, so that a start refuses the others at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from spotserve.errors import ModelError
+
+ARCHITECTURES = ("LlamaForCausalLM",)
+"""Architectures whose tokens are tested equal to transformers' own, for every cut."""
+
+
+def read_architecture(folder: Path) -> str:
+    """The architecture that `config.json` names.
+
+    Raises:
+        ModelError: It is not one of ours, is quantised, or wants to run code of its own.
+    """
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} is {type(content).__name__}, not an object")
+    if "auto_map" in content:
+        raise ModelError(
+            f"{path} has auto_map: the model wants to run code of its own, which is never done",
+            hint="give a checkpoint of a supported architecture without auto_map",
+        )
+    if content.get("quantization_config") is not None:
+        raise ModelError(f"{path} has a quantization_config", hint="give a float32, bfloat16 or float16 checkpoint")
+    names = content.get("architectures")
+    known = ", ".join(ARCHITECTURES)
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
+        raise ModelError(f"{path} names no single architecture", hint=f"known architectures: {known}")
+    if names[0] not in ARCHITECTURES:
+        raise ModelError(f"architecture {names[0]} is not supported, known: {known}")
+    return names[0]

@@ -1,0 +1,55 @@
+"""Steps become commands to workers; what becomes of them when their plan ends while they wait."""
+
+from __future__ import annotations
+
+import asyncio
+
+from spotserve.core import commands as cmd
+from spotserve.core import events as ev
+from spotserve.core import wire
+from spotserve.core.ids import GpuId
+from spotserve.core.plan import CopyWeights
+from spotserve.runtime.step_executor import StepExecutor
+from spotserve.solvers.planner import make_plan
+from tests.planning_worlds import MIB, notice, running_problem, tiny_spec
+
+
+class SlowWorkers:
+    """Answers no command before it is told to; remembers what kinds it was sent."""
+
+    def __init__(self) -> None:
+        self.kinds: list[str] = []
+        self.asked = asyncio.Event()
+        self.may_answer = asyncio.Event()
+
+    async def command(self, worker: GpuId, command: wire.Command) -> wire.Reply:
+        """The reply, once it may come."""
+        self.kinds.append(command.kind)  # type: ignore[attr-defined]
+        self.asked.set()
+        await self.may_answer.wait()
+        return wire.Reply(command=command.command, ok=True)
+
+    def connected(self) -> dict[GpuId, wire.Register]:
+        """Nobody needs an address here."""
+        return {}
+
+
+def test_step_of_an_aborted_plan_fails_quietly() -> None:
+    """Tests that a copy whose plan is aborted while it waits for its grant sends nothing more and ends no daemon."""
+
+    async def play() -> tuple[ev.Event, list[str]]:
+        workers = SlowWorkers()
+        executor = StepExecutor(workers, term=1, clock=lambda: 0.0, contents=lambda admissions: ())
+        problem = running_problem(tiny_spec(), shape=(1, 2, 2), memory_bytes=24 * MIB, trigger=notice("i0"), spare=1)
+        plan = make_plan(problem)
+        step = next(step for step in plan.steps if isinstance(step, CopyWeights) and step.source != step.destination)
+        executor.begin(plan)
+        execution = asyncio.create_task(executor.execute("7.0", cmd.ExecuteStep(epoch=plan.epoch.to, step=step)))
+        await workers.asked.wait()
+        executor.finish(plan.epoch.to)
+        workers.may_answer.set()
+        return await execution, workers.kinds
+
+    event, kinds = asyncio.run(play())
+    assert isinstance(event, ev.StepFailed)
+    assert ["grant"] == kinds

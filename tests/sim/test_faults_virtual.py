@@ -1,0 +1,130 @@
+"""Faults that real processes showed, and sweeps of their kind, in virtual time: each case costs milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from spotserve.core import commands as cmd
+from spotserve.core import events as ev
+from spotserve.core.controller import Controller
+from spotserve.core.ids import InstanceId, instance_of
+from spotserve.core.plan import Step
+from spotserve.core.state import step_gpus
+from spotserve.sim.world import check_streams
+from tests.sim.test_virtual_world import Stage
+
+KINDS = [
+    "reserve",
+    "load_weights",
+    "copy_weights",
+    "copy_kv",
+    "copy_kv_delta",
+    "join_group",
+    "quiesce",
+    "activate",
+    "release",
+]
+
+
+def busy_stage(*, seed: int = 7, num_instances: int = 4) -> Stage:
+    """Six streams that outlast a migration."""
+    stage = Stage(seed=seed, num_instances=num_instances)
+    stage.requests(6, max_tokens=200)
+    return stage
+
+
+def on_step(stage: Stage, kind: str, act: Callable[[Step], None]) -> None:
+    """Do something when a migration's first step of a kind is given."""
+    submit = stage.world.submit
+    done: list[Step] = []
+
+    def watching(command_id: str, command: cmd.Command) -> None:
+        submit(command_id, command)
+        if isinstance(command, cmd.ExecuteStep) and command.epoch > 1 and command.step.kind == kind and not done:
+            done.append(command.step)
+            act(command.step)
+
+    stage.world.submit = watching  # type: ignore[method-assign]
+
+
+def die_silently(stage: Stage, instance: InstanceId, *, delay_s: float, told_s: float) -> None:
+    """The instance dies `delay_s` from now, and is told lost `told_s` later."""
+
+    def die() -> ev.Event | None:
+        stage.world.crash(instance)
+        stage.world.after(told_s, lambda: ev.InstanceLost(at_s=stage.world.at_s, instance=instance, reason="silent"))
+        return None
+
+    stage.world.after(delay_s, die)
+
+
+def check_calm(stage: Stage) -> None:
+    """Three more instances bring it back to serving with nothing lost."""
+    stage.play(40.0)
+    for at_s in (40.0, 40.1, 40.2):
+        stage.add(at_s)
+    stage.play(200.0)
+    check_streams(stage.world)
+    assert "serving" == stage.service
+    assert {} == stage.controller.state.requests
+
+
+@pytest.mark.parametrize("told_s", [0.0, 0.2, 3.0])
+@pytest.mark.parametrize("delay_s", [0.0, 0.02])
+@pytest.mark.parametrize("end", [0, -1], ids=["first-worker", "last-worker"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_worker_of_a_step_dies(kind: str, end: int, delay_s: float, told_s: float) -> None:
+    """Tests that the source or destination of any step may die before or after it, told at once or late."""
+    stage = busy_stage()
+    stage.notice(4.0, "i0", grace_s=20.0)
+
+    def act(step: Step) -> None:
+        gpus = step_gpus(step)
+        instance = instance_of(gpus[end]) if gpus else InstanceId("i0")
+        die_silently(stage, instance, delay_s=delay_s, told_s=told_s)
+
+    on_step(stage, kind, act)
+    check_calm(stage)
+
+
+def restart(stage: Stage, *, num_instances: int = 4) -> None:
+    """The coordinator comes back from the fold of its journal."""
+    controller = Controller()
+    for entry in stage.journal.entries:
+        controller.fold(entry)
+    stage.controller = controller
+    stage.world.restart_coordinator(controller.state, num_instances=num_instances)
+
+
+@pytest.mark.parametrize("survivors", [0, 1, 2])
+def test_workers_die_with_their_coordinator(survivors: int) -> None:
+    """Tests that a restart brings the living instances up to their number, however many died meanwhile."""
+    stage = busy_stage()
+    stage.play(4.0)
+    for name in sorted(stage.world.alive)[survivors:]:
+        stage.world.crash(name)
+    restart(stage)
+    stage.play(100.0)
+    check_streams(stage.world)
+    assert "serving" == stage.service
+    assert 4 == len(stage.controller.state.living())
+
+
+@pytest.mark.parametrize("victim", ["i0", "i1", "i2", "i3"])
+def test_restart_at_every_entry_with_a_death(victim: str) -> None:
+    """Tests that an instance may die while the coordinator is away, whatever entry that one died after."""
+    reference = busy_stage()
+    reference.notice(4.0, "i0", grace_s=5.0)
+    reference.play(20.0)
+    for cut in range(4, len(reference.journal.entries), 2):
+        stage = busy_stage()
+        stage.notice(4.0, "i0", grace_s=5.0)
+        stage.world.crash_coordinator_after(cut)
+        stage.play(100.0)
+        stage.world.crash(InstanceId(victim))
+        restart(stage)
+        stage.play(200.0)
+        check_streams(stage.world)
+        assert "serving" == stage.service, cut
