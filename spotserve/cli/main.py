@@ -19,6 +19,7 @@ from spotserve.cli import (
     diff_command,
     plan_command,
     profile_command,
+    replay_command,
     run_command,
     show_command,
     verify_command,
@@ -34,6 +35,7 @@ VERBS = (
     show_command,
     diff_command,
     verify_command,
+    replay_command,
     profile_command,
     worker_command,
 )

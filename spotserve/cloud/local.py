@@ -6,6 +6,7 @@ A pid is signalled only if its start time is the registered one, so a recycled p
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -141,20 +142,24 @@ def signal_group(instance: LocalInstance, number: int) -> bool:
     return True
 
 
-def _members(instance: LocalInstance) -> list[psutil.Process]:
-    """Running processes of the group; none if its leader's pid now belongs to another process."""
+def _members(instance: LocalInstance) -> list[int]:
+    """Pids of the group's running processes; none if its leader's pid now belongs to another process."""
     try:
+        # Nearly always the answer, and it costs no look at every process of the machine.
+        os.killpg(instance.process_group, 0)
+    except ProcessLookupError:
+        return []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        # A leader that is gone and reaped leaves its siblings: the group's id is theirs while one of them lives.
         leader = psutil.Process(instance.process_group)
         if abs(leader.create_time() - instance.started_at) > START_TIME_TOLERANCE_S:
             return []
-    except psutil.NoSuchProcess:
-        # The leader is gone and reaped; siblings can only be of this group while it exists.
-        leader = None
-    members = []
-    for process in psutil.process_iter(["status"]):
-        try:
-            if os.getpgid(process.pid) == instance.process_group and process.info["status"] != psutil.STATUS_ZOMBIE:
-                members.append(process)
-        except (ProcessLookupError, PermissionError):
-            continue
-    return members
+    return [pid for pid in psutil.pids() if _runs_in(pid, instance.process_group)]
+
+
+def _runs_in(pid: int, process_group: int) -> bool:
+    """Whether a process is of the group and more than a zombie."""
+    try:
+        return os.getpgid(pid) == process_group and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except (ProcessLookupError, PermissionError, psutil.NoSuchProcess):
+        return False

@@ -14,7 +14,7 @@ from spotserve.runtime.kv_migration import Peer
 from spotserve.runtime.transfer import TransferInterruptedError
 from spotserve.runtime.weights import WeightStore
 
-_MAX_REQUEST_BYTES = 16 << 20
+_MAX_REQUEST_BYTES = 64 << 20
 _MAX_REQUEST_SLICES = 1024
 
 
@@ -50,11 +50,19 @@ def pull_slices(held: Holdings, peer: Peer, slices: Sequence[Slice]) -> int:
 
 
 def _pull(weights: WeightStore, dtype: torch.dtype, peer: Peer, batch: Sequence[Slice]) -> int:
-    tensors = [torch.empty(weights.range_shape(piece), dtype=dtype) for piece in batch]
+    # Straight into the store where its memory allows: a copy would touch every byte, and every new page, twice.
+    places = [weights.landing_place(piece) for piece in batch]
+    tensors = [
+        torch.empty(weights.range_shape(piece), dtype=dtype) if place is None else place
+        for piece, place in zip(batch, places, strict=True)
+    ]
 
     def written(index: int) -> None:
-        piece = batch[index]
-        weights.write_range(piece.parameter, piece.dim, piece.start, piece.stop, tensors[index])
+        piece, place = batch[index], places[index]
+        if place is None:
+            weights.write_range(piece.parameter, piece.dim, piece.start, piece.stop, tensors[index])
+        else:
+            weights.mark_written(piece, place)
 
     peer.request(
         {"op": "weights", "slices": [[p.parameter, p.dim, p.start, p.stop] for p in batch]}, tensors, on_buffer=written

@@ -131,6 +131,31 @@ class WeightStore:
                 piece.view(low, high).copy_(tensor.narrow(dim, low - start, high - low))
                 self._mark(piece, (low, high))
 
+    def landing_place(self, piece: Slice) -> Tensor | None:
+        """The unwritten memory of a range, to be received into and then told by `mark_written`.
+
+        None where it is not one contiguous run of memory, or no reserved slice has all of it: then receive elsewhere
+        and `write_range`. What lands there is nobody's until it is marked, so a transfer may break off at any byte.
+        """
+        with self._lock:
+            for held in self._pieces.get(piece.parameter, {}).values():
+                is_inside = held.slice.start <= piece.start and piece.stop <= held.slice.stop
+                if held.slice.dim != piece.dim or not is_inside or intersect([(piece.start, piece.stop)], held.filled):
+                    continue
+                place = held.view(piece.start, piece.stop)
+                return place if place.is_contiguous() else None
+        return None
+
+    def mark_written(self, piece: Slice, place: Tensor) -> None:
+        """The range has landed in `place`; other held slices with a part of it get theirs."""
+        with self._lock:
+            for held in self._pieces.get(piece.parameter, {}).values():
+                if held.slice.dim != piece.dim or not held.slice.start <= piece.start <= piece.stop <= held.slice.stop:
+                    continue
+                if held.view(piece.start, piece.stop).data_ptr() == place.data_ptr():
+                    self._mark(held, (piece.start, piece.stop))
+        self.write_range(piece.parameter, piece.dim, piece.start, piece.stop, place)
+
     def tensor(self, piece: Slice) -> Tensor:
         """The whole tensor of a reserved and fully written slice, as the engine multiplies with it.
 

@@ -79,15 +79,19 @@ def test_plan_file_from_snapshot_to_released(
     args = [str(small.folder), "--gpu-memory", "24MiB", "--instances", "4", "-dp", "1", "-pp", "3", "-tp", "1"]
     with running(tmp_path / "state", *args, env=small_environment) as daemon:
         gone = daemon.status()["replicas"][0]["stages"][1]["gpus"][0].split("/")[0]
-        streams = small.stream_all(daemon, NUM_TOKENS)
-        for stream in streams:
-            stream.wait_tokens(5)
+        seen = [daemon.stream(ids, max_tokens=NUM_TOKENS) for ids in small.prompt_ids[:2]]
         plan = plan_losing(daemon, gone, tmp_path)
         assert "ok\n" == printed(daemon, "verify", str(plan))
+        # Requests that the plan has not seen follow its routes.
+        streams = small.stream_all(daemon, NUM_TOKENS)
+        for stream in streams:
+            stream.wait_tokens(1)
         applied = json.loads(printed(daemon, "apply", str(plan)))
         made = json.loads(plan.read_text())
         assert {"epoch": made["epoch"]["to"], "outcome": "completed"} == applied
         assert small.expected(NUM_TOKENS) == [stream.wait() for stream in streams]
+        assert small.expected(NUM_TOKENS)[:2] == [stream.wait() for stream in seen]
+        assert {1, made["epoch"]["to"]} == {row[4] for stream in streams for row in daemon.ledger_rows(stream.request)}
 
         status = json.loads(printed(daemon, "status", "--json"))
         assert_keys(status)
@@ -101,6 +105,7 @@ def test_plan_file_from_snapshot_to_released(
             line["outcome"],
             line["recomputed_tokens"],
         )
+        assert line["kv_bytes"] > 0
 
         assert_refused(daemon, plan, "stale")
         garbage = tmp_path / "garbage.json"
