@@ -13,8 +13,8 @@ from spotserve.cli.main import run_verb
 
 FOLDER = Path(__file__).parent / "help"
 VERBS = (
-    *("run", "status", "notice", "kill", "add-instance", "snapshot", "apply", "stop"),
-    *("plan", "show", "diff", "verify", "profile", "worker"),
+    *("run", "demo", "status", "notice", "kill", "add-instance", "snapshot", "apply", "stop"),
+    *("plan", "show", "diff", "verify", "replay", "profile", "worker"),
 )
 
 
