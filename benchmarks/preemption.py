@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--policies", default=",".join(POLICIES))
     parser.add_argument("--links", default="64MB,uncapped", help="bytes per second of a worker's link, or `uncapped`")
-    parser.add_argument("--rate", type=float, default=0.6, help="requests per second")
+    parser.add_argument("--rate", type=float, default=0.4, help="requests per second")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work-dir", type=Path, default=Path(tempfile.gettempdir()) / "spotserve-benchmarks")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "preemption")

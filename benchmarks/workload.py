@@ -22,7 +22,7 @@ class Arrival:
 class WorkloadShape:
     """Poisson arrivals of requests with uniform lengths; every third one is sampled, the rest are greedy."""
 
-    rate_rps: float = 0.6
+    rate_rps: float = 0.4
     duration_s: float = 66.0
     prompt_tokens: tuple[int, int] = (64, 128)
     output_tokens: tuple[int, int] = (64, 128)

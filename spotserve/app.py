@@ -221,7 +221,10 @@ class Daemon:
             inputs=inputs,
             continued=opened.continued and controller.state.spec is not None,
         )
-        daemon.player = None if inputs.trace is None else TracePlayer(inputs.trace, daemon)
+        if inputs.trace is not None:
+            last_at_s = opened.journal.last_at_s
+            played_s = last_at_s - controller.state.served_at_s
+            daemon.player = TracePlayer(inputs.trace, daemon, played_s=played_s, away_s=began_s - last_at_s)
         return daemon
 
     # Running
@@ -273,7 +276,8 @@ class Daemon:
             if name in self._ledger
         }
         await self._ledger.set_owners(owners)
-        expected = {gpu.id for instance in state.living() for gpu in instance.gpus}
+        # A predecessor that stopped, rather than died, has sent its workers home.
+        expected = set() if state.stopped else {gpu.id for instance in state.living() for gpu in instance.gpus}
         deadline_s = time.monotonic() + REJOIN_S
         while not expected <= set(self._switchboard.connected()) and time.monotonic() < deadline_s:
             await asyncio.sleep(0.02)
@@ -608,7 +612,8 @@ def _folded(journal: Journal, continued: bool) -> tuple[Controller, float]:
         controller = Controller(ClusterState.model_validate_json(base.body), sequence=base.sequence)
     for entry in EntryJournal(journal).read(controller.sequence + 1 if controller.sequence else None):
         controller.fold(entry)
-    return controller, journal.last_at_s
+    # Deadlines go on while no coordinator lives; what fell due meanwhile is acted on at once.
+    return controller, max(journal.last_at_s, time.time() - journal.identity.created_unix_s)
 
 
 def _model_info(options: RunOptions, spec: ServingSpec, inputs: Inputs) -> ModelInfo:

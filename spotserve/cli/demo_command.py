@@ -97,7 +97,7 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 def run_demo(screen: Screen) -> Outcome:
     """The three rounds against one daemon."""
-    screen.note("starting a daemon with the built-in model: 4 instances x 1 emulated GPU")
+    screen.note("starting a daemon with the built-in model on 4 emulated GPUs; it measures this machine first")
     with temporary_daemon(*RUN_ARGUMENTS) as client:
         model = str(client.get("/v1/models")["data"][0]["id"])
         screen.note(f"ready at {client.url}; asking {len(QUESTIONS)} questions, nobody disturbs")

@@ -54,6 +54,7 @@ def _start(folder: Path, port: int, arguments: tuple[str, ...]) -> subprocess.Po
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("SPOTSERVE_") or name in KEPT_VARIABLES
     }
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "torch")
     with (folder / "stderr").open("wb") as log:
         return subprocess.Popen(
             [*command, *arguments],

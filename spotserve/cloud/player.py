@@ -37,13 +37,15 @@ class Stage(Protocol):
 class TracePlayer:
     """Acts on each event of a trace at its time, counted from the first `serving`.
 
-    `played_s` is how much of it an earlier coordinator of the same journal has played.
+    `played_s` is how much of it an earlier coordinator of the same journal has played, `away_s` how long ago that was:
+    what fell due since is acted on at once.
     """
 
-    def __init__(self, trace: Trace, stage: Stage, *, played_s: float = 0.0) -> None:
+    def __init__(self, trace: Trace, stage: Stage, *, played_s: float = 0.0, away_s: float = 0.0) -> None:
         self._trace = trace
         self._stage = stage
         self._played_s = played_s
+        self._away_s = away_s
 
     async def play(self) -> None:
         """Run to the end of the trace."""
@@ -53,7 +55,7 @@ class TracePlayer:
             await self._act(events.pop(0))
         while not self._stage.ready:
             await asyncio.sleep(0.02)
-        began_s = time.monotonic() - self._played_s
+        began_s = time.monotonic() - self._played_s - self._away_s
         for event in events:
             await asyncio.sleep(max(0.0, event.at_s - (time.monotonic() - began_s)))
             log.info("trace_event", kind=event.kind, at_s=event.at_s, instances=list(event.instances))

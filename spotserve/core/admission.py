@@ -40,10 +40,15 @@ def admit(before: ClusterState, state: ClusterState, event: ev.Event) -> Iterato
 
 
 def _readmit(state: ClusterState, replica: Replica) -> Iterator[cmd.Command]:
-    """After a restart: name every request again; the leader ignores those it runs."""
+    """After a restart: name every request again; the leader ignores those it runs.
+
+    A run that is committed names those that it moved, when their KV has come.
+    """
+    moved = state.run.sources if state.run is not None and state.run.committed else {}
     admissions = tuple(
         cmd.Admission(request=r.id, kv_generation=r.kv_generation)
         for r in state.requests_of(replica.id, replica.generation)
+        if r.id not in moved
     )
     if admissions:
         yield cmd.AdmitRequests(replica=replica.id, generation=replica.generation, admissions=admissions)

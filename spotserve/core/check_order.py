@@ -97,12 +97,11 @@ def check_missing(facts: Facts) -> Iterator[Finding]:
             message = f"there is no {kind}{f' of {name}' if name else ''}"
             yield Finding(code="missing_step", path="steps", message=message)
     yield from _strangers(facts)
-    if facts.plan.mode == "live":
-        yield from _missing_deltas(facts)
+    yield from _missing_deltas(facts)
 
 
 def _missing_deltas(facts: Facts) -> Iterator[Finding]:
-    """Each followed rectangle is completed inside the stop, and nothing else is."""
+    """Each followed rectangle is completed once the source stands still, and nothing else is."""
     copies = {(s.source, s.destination, s.route): s.id for s in facts.plan.steps if isinstance(s, CopyKv)}
     deltas = {(s.source, s.destination, s.route): s.id for s in facts.plan.steps if isinstance(s, CopyKvDelta)}
     for key in copies.keys() - deltas.keys():
@@ -219,7 +218,7 @@ def _activation(facts: Facts) -> Iterator[Finding]:
         if isinstance(step, Activate):
             for earlier in facts.plan.steps:
                 mine = isinstance(earlier, CopyWeights | LoadWeights | JoinGroup) and earlier.replica == step.replica
-                kv = isinstance(earlier, CopyKv) and earlier.route.to_replica == step.replica
+                kv = isinstance(earlier, CopyKv | CopyKvDelta) and earlier.route.to_replica == step.replica
                 before += [earlier] if mine or kv else []
         elif isinstance(step, Recompute) or (isinstance(step, Release) and facts.plan.mode == "live"):
             before += activates

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from spotserve.core.commands import Command
 from spotserve.core.decide import decide
-from spotserve.core.events import Event
+from spotserve.core.events import CoordinatorRestarted, Event
 from spotserve.core.frozen import Frozen
 from spotserve.core.lifecycles import SERVICE, fire
 from spotserve.core.observe import observe
@@ -29,7 +29,8 @@ def apply(state: ClusterState, event: Event, commands: tuple[Command, ...]) -> C
     after = observe(state, event)
     for command in commands:
         after = record(after, command)
-    _check_service(state, after)
+    if not isinstance(event, CoordinatorRestarted):  # A new coordinator is a new service; `stopped` ended the old one.
+        _check_service(state, after)
     return after
 
 

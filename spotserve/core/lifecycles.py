@@ -1,9 +1,10 @@
 """The five state machines, as tables.
 
 SERVICE is what `spotserve status` shows: a function of the whole state (`core/service.py`), whose table here lists
-every pair that the function can yield. INSTANCE follows one preemptible machine, REPLICA one generation of a
-data-parallel pipeline, PLAN_RUN one execution of a plan, REQUEST one accepted request. Whatever is not in a table
-cannot happen: firing it is our bug and raises. The pictures in `docs/lifecycles.md` are drawn from these tables.
+every pair that the function can yield while a coordinator lives (a new one begins where the fold leaves it).
+INSTANCE follows one preemptible machine, REPLICA one generation of a data-parallel pipeline, PLAN_RUN one execution of
+a plan, REQUEST one accepted request. Whatever is not in a table cannot happen: firing it is our bug and raises. The
+pictures in `docs/lifecycles.md` are drawn from these tables.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from spotserve.core import events as ev
-from spotserve.core.ids import InstanceId, instance_of
+from spotserve.core.ids import InstanceId, ReplicaId, RequestId, instance_of
 from spotserve.core.lifecycles import INSTANCE, REPLICA, REQUEST, can_fire, fire
-from spotserve.core.plan import CopyKv, CopyKvDelta, CopyWeights, Step
+from spotserve.core.plan import Activate, CopyKv, CopyKvDelta, CopyWeights, JoinGroup, LoadWeights, Reserve, Step
 from spotserve.core.snapshot import Gpu
 from spotserve.core.state import (
     TRIGGER_RANK,
@@ -179,18 +179,29 @@ def lose_replica(state: ClusterState, entry: ReplicaEntry) -> ClusterState:
 
 
 def _forgive_steps(state: ClusterState, instance: InstanceId) -> ClusterState:
-    """After the commit the steps of a lost worker count as done."""
+    """After the commit the steps of a lost worker or for a lost replica count as done; KV they owed is missing."""
     run = state.run
     if run is None or not run.committed:
         return state
+    missing = set(run.missing)
     lost_replicas = {e.replica.id for e in state.replicas.values() if e.state == "lost"}
     steps = dict(run.steps)
     for step in run.plan.steps:
         on_instance = any(instance_of(gpu) == instance for gpu in step_gpus(step))
-        of_lost = step.kind == "activate" and step.replica in lost_replicas
-        if on_instance or of_lost:
+        if on_instance or _prepares(step, lost_replicas):
+            if isinstance(step, CopyKvDelta) and steps[step.id] in ("pending", "running"):
+                missing |= _route_choices(run, step)
             steps[step.id] = "done"
-    return state.model_copy(update={"run": run.model_copy(update={"steps": steps})})
+    update = {"steps": steps, "missing": tuple(sorted(missing))}
+    return state.model_copy(update={"run": run.model_copy(update=update)})
+
+
+def _prepares(step: Step, lost_replicas: set[ReplicaId]) -> bool:
+    """Whether a step only serves a new replica that is lost."""
+    if isinstance(step, CopyKv | CopyKvDelta):
+        return step.route.to_replica in lost_replicas
+    kinds = (Reserve, CopyWeights, LoadWeights, JoinGroup, Activate)
+    return isinstance(step, kinds) and step.replica in lost_replicas
 
 
 def _broke(state: ClusterState, event: ev.ReplicaBroke) -> ClusterState:
@@ -200,10 +211,7 @@ def _broke(state: ClusterState, event: ev.ReplicaBroke) -> ClusterState:
     state = lose_replica(state, entry).model_copy(update={"membership": state.membership + 1})
     run = state.run
     if run is not None and run.committed:
-        steps = {
-            step.id: "done" if step.kind == "activate" and step.replica == event.replica else run.steps[step.id]
-            for step in run.plan.steps
-        }
+        steps = {step.id: "done" if _prepares(step, {event.replica}) else run.steps[step.id] for step in run.plan.steps}
         state = state.model_copy(update={"run": run.model_copy(update={"steps": steps})})
     return raise_trigger(state, "lost")
 
@@ -290,9 +298,9 @@ def _step_done(state: ClusterState, event: ev.StepDone) -> ClusterState:
     update: dict[str, object] = {}
     if isinstance(step, CopyWeights):
         update["weight_bytes"] = run.weight_bytes + event.bytes
-    if isinstance(step, CopyKvDelta):
-        # The delta's answer counts the whole rectangle, what the pre-copy brought included.
+    if isinstance(step, CopyKv | CopyKvDelta):
         update["kv_bytes"] = run.kv_bytes + event.bytes
+    if isinstance(step, CopyKvDelta):
         update["missing"] = tuple(sorted({*run.missing, *event.missing}))
     state = _with_step(state, run, step, **update)
     if step.kind == "activate":
@@ -311,7 +319,7 @@ def _step_failed(state: ClusterState, event: ev.StepFailed) -> ClusterState:
     if isinstance(step, CopyKv):
         return _with_step(state, run, step)
     if isinstance(step, CopyKvDelta):
-        return _with_step(state, run, step, missing=tuple(sorted({*run.missing, *_route_choices(state, run, step)})))
+        return _with_step(state, run, step, missing=tuple(sorted({*run.missing, *_route_choices(run, step)})))
     if run.committed:
         if step.kind == "activate" and (entry := state.replicas.get(step.replica)) is not None:
             state = raise_trigger(lose_replica(state, entry), "lost")
@@ -319,11 +327,10 @@ def _step_failed(state: ClusterState, event: ev.StepFailed) -> ClusterState:
     return state
 
 
-def _route_choices(state: ClusterState, run: PlanRun, step: CopyKvDelta) -> set[tuple[Any, int]]:
+def _route_choices(run: PlanRun, step: CopyKvDelta) -> set[tuple[RequestId, int]]:
     """All choices whose KV a failed delta would have completed."""
     from_replica = step.route.from_replica
-    names = {name for name, request in state.requests.items() if request.replica == from_replica}
-    return {(p.request, p.choice) for p in run.positions if p.request in names}
+    return {(p.request, p.choice) for p in run.positions if run.sources.get(p.request) == from_replica}
 
 
 def _quiesced(state: ClusterState, event: ev.Quiesced) -> ClusterState:
@@ -333,7 +340,8 @@ def _quiesced(state: ClusterState, event: ev.Quiesced) -> ClusterState:
     if run is None or step is None or run.steps[step.id] == "done" or entry is None or entry.state != "serving":
         return state
     entry = entry.model_copy(update={"state": fire(REPLICA, entry.state, "quiesced")})
-    state = _with_step(state, run, step, positions=(*run.positions, *event.positions))
+    sources = {**run.sources, **{position.request: event.replica for position in event.positions}}
+    state = _with_step(state, run, step, positions=(*run.positions, *event.positions), sources=sources)
     state = state.with_replica(entry)
     for request in state.requests_of(event.replica, event.generation):
         state = state.with_request(request.model_copy(update={"state": _suspended(request)}))
@@ -381,7 +389,7 @@ def _give_up(state: ClusterState, run: PlanRun, kind: str) -> ClusterState:
         if step.kind == kind and steps[step.id] in ("pending", "running"):
             steps[step.id] = "late"
             if isinstance(step, CopyKvDelta):
-                missing |= _route_choices(state, run, step)
+                missing |= _route_choices(run, step)
     update = {"steps": steps, "missing": tuple(sorted(missing))}
     return state.model_copy(update={"run": run.model_copy(update=update)})
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from spotserve.core import commands as cmd
 from spotserve.core import events as ev
-from spotserve.core.admission import by_arrival
+from spotserve.core.admission import KV_GENERATIONS_PER_ADMISSION, by_arrival
 from spotserve.core.ids import ReplicaId, RequestId
-from spotserve.core.plan import CopyKvDelta, Plan, Quiesce, Step
+from spotserve.core.plan import CopyKvDelta, KvRoute, Plan, Quiesce, Step
 from spotserve.core.record import record
 from spotserve.core.state import ClusterState, PlanRun, Request
 from spotserve.core.wire import ChoicePosition
@@ -59,6 +59,8 @@ def drive_run(before: ClusterState, state: ClusterState, event: ev.Event) -> Ite
     if reason is not None:
         yield from _abort(state, run, reason)
         return
+    if run.committed and before.run is not None and before.run.committed:
+        yield from _admit_moved(state, run, lambda replica: _kv_arrived(run, replica, before=before.run))
     yield from _advance(state, run)
 
 
@@ -70,10 +72,7 @@ def _restart_run(state: ClusterState, run: PlanRun) -> Iterator[cmd.Command]:
     for step in run.plan.steps:
         if run.steps[step.id] == "running":
             yield _execution(state, run, step)
-    for replica in run.plan.target.replicas:
-        admissions = () if replica.generation == run.epoch else _admissions_of(state, run, replica.id)
-        if admissions:
-            yield cmd.AdmitRequests(replica=replica.id, generation=replica.generation, admissions=admissions)
+    yield from _admit_moved(state, run, lambda replica: _kv_arrived(run, replica))
     yield from _advance(state, run)
 
 
@@ -125,8 +124,9 @@ def _advance(state: ClusterState, run: PlanRun) -> Iterator[cmd.Command]:
         yield commit
         state = record(state, commit)
         assert state.run is not None
-        yield from _admit_moved(state, state.run, commit)
-        yield from _advance(state, state.run)
+        committed = state.run
+        yield from _admit_moved(state, committed, lambda replica: _kv_arrived(committed, replica))
+        yield from _advance(state, committed)
         return
     if run.committed and all(status in ("done", "late") for status in run.steps.values()):
         yield cmd.FinishRun(epoch=run.epoch)
@@ -158,16 +158,21 @@ def _execution(state: ClusterState, run: PlanRun, step: Step) -> cmd.ExecuteStep
     manifest: tuple[ChoicePosition, ...] = ()
     admissions: tuple[cmd.Admission, ...] = ()
     if isinstance(step, CopyKvDelta):
-        manifest = _manifest(state, run, step.route.from_replica)
+        manifest = _manifest(state, run, step.route)
     if step.kind == "activate":
         admissions = _admissions_of(state, run, step.replica)
     return cmd.ExecuteStep(epoch=run.epoch, step=step, manifest=manifest, admissions=admissions)
 
 
-def _manifest(state: ClusterState, run: PlanRun, replica: ReplicaId) -> tuple[ChoicePosition, ...]:
-    """Positions of the open requests of one quiesced replica."""
+def _manifest(state: ClusterState, run: PlanRun, route: KvRoute) -> tuple[ChoicePosition, ...]:
+    """Positions of the open requests of one quiesced replica; after the commit (in_place) of those that moved."""
+    owner = route.to_replica if run.committed else route.from_replica
     return tuple(
-        p for p in run.positions if p.request in state.requests and state.requests[p.request].replica == replica
+        p
+        for p in run.positions
+        if run.sources.get(p.request) == route.from_replica
+        and p.request in state.requests
+        and state.requests[p.request].replica == owner
     )
 
 
@@ -222,11 +227,27 @@ def _target_of(plan: Plan, request: Request, replica: ReplicaId) -> ReplicaId | 
     return next((name for name in routed if name in copied), None)
 
 
-def _admit_moved(state: ClusterState, run: PlanRun, command: cmd.CommitRun) -> Iterator[cmd.Command]:
+def _admit_moved(state: ClusterState, run: PlanRun, is_due: Callable[[ReplicaId], bool]) -> Iterator[cmd.Command]:
     """Requests that moved into an untouched replica go to its leader; new replicas get theirs by `activate`."""
     for replica in run.plan.target.replicas:
-        if replica.generation == run.epoch:
+        if replica.generation == run.epoch or not is_due(replica.id):
             continue
-        admissions = tuple(a for a in command.moved if state.requests[a.request].replica == replica.id)
+        admissions = tuple(_renamed(state, admission) for admission in _admissions_of(state, run, replica.id))
         if admissions:
             yield cmd.AdmitRequests(replica=replica.id, generation=replica.generation, admissions=admissions)
+
+
+def _kv_arrived(run: PlanRun, replica: ReplicaId, *, before: PlanRun | None = None) -> bool:
+    """Whether all KV for a replica has come or never will; with `before`, whether the last of it just did."""
+    deltas = [s for s in run.plan.steps if isinstance(s, CopyKvDelta) and s.route.to_replica == replica]
+    if not all(_settled(run, step.id) for step in deltas):
+        return False
+    return before is None or not all(_settled(before, step.id) for step in deltas)
+
+
+def _renamed(state: ClusterState, admission: cmd.Admission) -> cmd.Admission:
+    """Choices whose KV did not come start under another name of it: the part that came is nobody's."""
+    request = state.requests[admission.request]
+    if len(admission.choices) == request.num_choices:
+        return admission
+    return admission.model_copy(update={"kv_generation": request.kv_generation + KV_GENERATIONS_PER_ADMISSION})

@@ -25,7 +25,8 @@ def make_plan(before: ClusterState, state: ClusterState, event: ev.Event) -> Ite
         yield cmd.SetTimer(timer="replan", at_s=retry_at_s(state))
     elif isinstance(event, ev.PlanSubmitted) and _may_apply(state, event):
         yield from begin(state, event.plan)
-    if isinstance(event, ev.TimerFired) and event.timer == "replan" and state.trigger is None and state.run is None:
+    is_due = isinstance(event, ev.TimerFired) and event.timer == "replan" and before.retry_at_s is not None
+    if is_due and state.trigger is None and state.planning is None and state.run is None:
         yield from _start_planning(state, "joined")
 
 
@@ -90,8 +91,10 @@ def _adopt(state: ClusterState, plan: Plan) -> Iterator[cmd.Command]:
 
 def answer_triggers(before: ClusterState, state: ClusterState, event: ev.Event) -> Iterator[cmd.Command]:
     """Begin to plan when a trigger waits and neither a plan nor a run is under way."""
-    if state.trigger is None or state.planning is not None or state.run is not None or state.retry_at_s is not None:
+    if state.trigger is None or state.planning is not None or state.run is not None:
         return
+    if state.retry_at_s is not None and state.membership == before.membership:
+        return  # What failed would fail again; another membership is another problem and is solved at once.
     if state.stop_by_s is not None and not state.requests:
         return
     yield from _start_planning(state, state.trigger)

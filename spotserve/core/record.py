@@ -145,7 +145,8 @@ def _finish(state: ClusterState, command: cmd.FinishRun) -> ClusterState:
     replicas = {name: entry for name, entry in state.replicas.items() if entry.state not in ("retired", "lost")}
     state = _note_migration(state, run)
     state = state.model_copy(update={"run": None, "replicas": replicas, "num_retries": 0})
-    state = state.model_copy(update={"served": state.served or bool(state.serving())})
+    if not state.served and state.serving():
+        state = state.model_copy(update={"served": True, "served_at_s": state.at_s})
     return _close_migration(state, run.epoch, "completed")
 
 
@@ -154,12 +155,14 @@ def _admit(state: ClusterState, command: cmd.AdmitRequests) -> ClusterState:
         request = state.requests.get(admission.request)
         if request is None:
             continue
-        update: dict[str, object] = {"replica": command.replica, "generation": command.generation}
-        if not admission.choices:
-            # The request starts from the ledger under a new name of its KV.
-            update["kv_generation"] = admission.kv_generation
-            if request.state in ("queued", "suspended"):
-                update["state"] = fire(REQUEST, request.state, "admitted")
+        update: dict[str, object] = {
+            "replica": command.replica,
+            "generation": command.generation,
+            # What starts from the ledger does so under a new name of its KV.
+            "kv_generation": admission.kv_generation,
+        }
+        if not admission.choices and request.state in ("queued", "suspended"):
+            update["state"] = fire(REQUEST, request.state, "admitted")
         state = state.with_request(request.model_copy(update=update))
     return state
 

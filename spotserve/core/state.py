@@ -62,6 +62,8 @@ class PlanRun(Frozen):
     begun_at_s: float
     steps: dict[StepId, StepState]
     positions: tuple[ChoicePosition, ...] = ()
+    sources: dict[RequestId, ReplicaId] = {}
+    """The replica on which each request of `positions` stood still."""
     missing: tuple[tuple[RequestId, int], ...] = ()
     durability: Literal["wanted", "asked", "durable"] = "wanted"
     weight_bytes: int = 0
@@ -138,6 +140,8 @@ class ClusterState(Frozen):
     num_retries: int = 0
     infeasible: bool = False
     served: bool = False
+    served_at_s: float = 0.0
+    """When it served first: a trace's time counts from there."""
     patience_over: bool = False
     awaiting: tuple[RequestId, ...] = ()
     """Requests that moved and whose first token on the new owner has not been seen."""

@@ -185,7 +185,11 @@ class Command(Frozen):
 
 
 class ReserveCommand(Command):
-    """Allocate a position of a new generation: weights and the KV pool. Result: {}."""
+    """Allocate a position of a new generation: weights and the KV pool. Result: {}.
+
+    Without `with_weights` (in_place: old and new do not fit side by side, and nothing goes back any more) the KV pool
+    alone; weights take their memory when they come, and what the worker still runs of an older generation ends.
+    """
 
     kind: Literal["reserve"] = "reserve"
     epoch: int
@@ -198,6 +202,7 @@ class ReserveCommand(Command):
     shard: Shard
     kv_blocks: int
     max_running: int
+    with_weights: bool = True
 
 
 class GrantCommand(Command):
@@ -317,13 +322,16 @@ class ReleaseCommand(Command):
     """Free a generation's position: its KV pool, and weights that no other generation shares. Result: {}.
 
     With `keep_weights` (the replica was lost) the weights stay as loose holdings that the next plan may copy from.
-    Unknown generation: nothing to do, ok.
+    With `slices` (in_place) only these ranges of its weights and, with `kv`, its KV pool: what is left can be copied
+    from until a release without `slices` ends the position. Unknown generation: nothing to do, ok.
     """
 
     kind: Literal["release"] = "release"
     replica: ReplicaId
     generation: int
     keep_weights: bool = False
+    slices: tuple[Slice, ...] | None = None
+    kv: bool = True
 
 
 class AbortCommand(Command):

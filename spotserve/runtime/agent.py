@@ -196,12 +196,13 @@ class Agent:
         if self._notice.is_set():
             self._link.send(SelfNotice(grace_s=SELF_NOTICE_S))
         for position in self._positions():
-            broken = position.loop.report() if position.loop is not None else None
+            loop = position.loop
+            broken = loop.report() if loop is not None else None
             if broken is not None:
                 self._link.send(broken)
-            if position.leader is not None:
+            if isinstance(loop, Leader):
                 self._link.hold_tokens(*position.key)
-                position.leader.resend()
+                loop.resend()
 
     def _received(self, message: CoordinatorMessage) -> None:
         if isinstance(message, Command):
@@ -211,13 +212,11 @@ class Agent:
         if term < self._link.term:
             log.warning("message_of_old_term", kind=message.kind, term=term)
         elif isinstance(message, Durable):
-            for position in self._positions():
-                if position.leader is not None:
-                    position.leader.set_durable(message.positions)
+            for leader in self._leaders():
+                leader.set_durable(message.positions)
         elif isinstance(message, Resend):
-            for position in self._positions():
-                if position.leader is not None:
-                    position.leader.resend(message.positions)
+            for leader in self._leaders():
+                leader.resend(message.positions)
         elif isinstance(message, Shutdown):
             self._end("told to by the coordinator", 0)
 
@@ -292,7 +291,7 @@ class Agent:
             case CopyWeightsCommand():
                 return self._copy_weights(command)
             case LoadWeightsCommand():
-                return {"bytes": load_slices(self._held(), command.slices)}
+                return self._load_weights(command)
             case CopyKvCommand():
                 return self._copy_kv(command)
             case CopyKvDeltaCommand():
@@ -320,11 +319,21 @@ class Agent:
     # Copies
 
     def _copy_weights(self, command: CopyWeightsCommand) -> dict[str, Any]:
+        held = self._held()
+        held.expect(command.slices)
         peer = self._peer(command.source, command.source_address, command.grant, command.secret)
         try:
-            return {"bytes": pull_slices(self._held(), peer, command.slices), **_first_byte(peer.first_byte_s)}
+            return {"bytes": pull_slices(held, peer, command.slices), **_first_byte(peer.first_byte_s)}
         finally:
             peer.close()
+            held.trim()
+
+    def _load_weights(self, command: LoadWeightsCommand) -> dict[str, Any]:
+        held = self._held()
+        held.expect(command.slices)
+        num_bytes = load_slices(held, command.slices)
+        held.trim()
+        return {"bytes": num_bytes}
 
     def _shares_pool(self, command: CopyKvCommand | CopyKvDeltaCommand) -> bool:
         """Whether source and target generation keep their KV in one pool here: then there is nothing to copy."""
@@ -463,8 +472,12 @@ class Agent:
         )
 
     def _release(self, command: ReleaseCommand) -> dict[str, Any]:
-        if self._holdings is not None:
+        if self._holdings is None:
+            return {}
+        if command.slices is None:
             self._holdings.release(command.replica, command.generation, keep_weights=command.keep_weights)
+        else:
+            self._holdings.release_part(command.replica, command.generation, command.slices, kv=command.kv)
         return {}
 
     def _abort(self, command: AbortCommand) -> dict[str, Any]:
@@ -477,16 +490,18 @@ class Agent:
 
     def _close(self, command: CloseCommand) -> dict[str, Any] | Future[Any]:
         position = self._holdings.position(command.replica, command.generation) if self._holdings is not None else None
-        if position is None or position.leader is None or position.leader.broken is not None:
+        leader = None if position is None else position.leader
+        if leader is None or leader.broken is not None:
             return {}
-        return position.leader.close(command.request, command.choice)
+        return leader.close(command.request, command.choice)
 
     def _probe(self) -> dict[str, Any]:
         held = self._held()
         positions = held.positions()
+        retired = [piece for position in positions if position.is_retired for piece in position.slices]
         result: dict[str, Any] = {
             "shards": [p.shard.model_dump() for p in positions if held.is_complete(p)],
-            "slices": [piece.model_dump() for piece in held.loose()],
+            "slices": [piece.model_dump() for piece in (*held.loose(), *retired)],
             "roles": [p.role().model_dump() for p in positions],
             "memory_bytes": held.union_bytes([piece for p in positions for piece in p.slices])
             + sum({id(p.kv): p.kv.bytes for p in positions}.values()),
@@ -497,10 +512,11 @@ class Agent:
             "evictions": 0,
         }
         for position in positions:
-            if position.leader is None or position.leader.broken is not None:
+            leader = position.leader
+            if leader is None or leader.broken is not None:
                 continue
             try:
-                progress = position.leader.progress().result(_PROBE_TIMEOUT_S)
+                progress = leader.progress().result(_PROBE_TIMEOUT_S)
             except (TimeoutError, SpotServeError):  # It waits for a peer that is gone; the holdings are known anyway.
                 continue
             result["positions"] += [choice.model_dump() for choice in progress.positions]
@@ -519,6 +535,9 @@ class Agent:
     def _positions(self) -> list[Position]:
         return self._holdings.positions() if self._holdings is not None else []
 
+    def _leaders(self) -> list[Leader]:
+        return [leader for position in self._positions() if (leader := position.leader) is not None]
+
     def _position(self, replica: Any, generation: int) -> Position:
         position = self._held().position(replica, generation)
         if position is None:
@@ -527,9 +546,10 @@ class Agent:
 
     def _leader(self, command: QuiesceCommand | ResumeCommand | AdmitCommand) -> Leader:
         position = self._held().position(command.replica, command.generation)
-        if position is None or position.leader is None:
+        leader = None if position is None else position.leader
+        if leader is None:
             raise TransferError(f"replica {command.replica} generation {command.generation} is not led from here")
-        return position.leader
+        return leader
 
 
 _SLOW = (

@@ -130,9 +130,7 @@ def launch(
     command = [sys.executable, "-m", "spotserve.runtime.forkserver", "--socket", str(path)]
     command += ["--parent-pid", str(parent_pid)] if parent_pid is not None else []
     command += ["--shared"] if is_shared else []
-    # Weights and KV pools in huge pages, where the system has them: a tenth of the page faults' time in every copy.
-    environment = {"THP_MEM_ALLOC_ENABLE": "1", **os.environ}
-    environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment.pop(SOCKET_VARIABLE, None)
     # A worker needs no client's key; what it does not have it cannot leak.
     environment.pop("SPOTSERVE_API_KEY", None)

@@ -52,6 +52,8 @@ class Position:
     mesh: Mesh | None = None
     model: StageModel | None = None
     loop: Leader | Follower | None = None
+    is_retired: bool = False
+    """An in_place plan committed: it only serves as a source until it is released."""
 
     @property
     def key(self) -> PositionKey:
@@ -66,6 +68,8 @@ class Position:
     @property
     def state(self) -> Literal["prepared", "serving", "quiesced", "broken"]:
         """As `RoleReport` has it."""
+        if self.is_retired:
+            return "quiesced"
         if self.loop is None:
             return "prepared"
         if self.loop.broken is not None:
@@ -136,14 +140,18 @@ class Holdings:
         """
         model = self.spec.model
         key = (command.replica, command.generation)
+        if not command.with_weights:
+            for position in self.positions():
+                if position.key != key:
+                    _retire(position)
         with self._lock:
             if key in self._positions:
                 return
             slices = shard_slices(model, command.shard)
-            self._check_budget(command, slices)
-            self.weights.reserve(slices)
+            self._check_budget(command, slices if command.with_weights else ())
+            self.weights.reserve(slices, is_lazy=not command.with_weights)
             heir = self._pool_to_take_over(command)
-            incoming = self._new_pool(command) if heir is None else heir.incoming
+            incoming = self._new_pool(command.shard, command.kv_blocks) if heir is None else heir.incoming
             place = Place(
                 replica=command.replica,
                 generation=command.generation,
@@ -162,14 +170,34 @@ class Holdings:
                 kv=incoming.kv,
                 incoming=incoming,
             )
+        self.trim()
 
-    def _new_pool(self, command: ReserveCommand) -> IncomingKv:
+    def expect(self, slices: Iterable[Slice]) -> None:
+        """Check that slices have room when they come; positions reserved with their weights have it already.
+
+        Raises:
+            OverMemoryError: they would exceed the budget.
+        """
+        with self._lock:
+            pools = sum({id(position.kv): position.kv.bytes for position in self._positions.values()}.values())
+            needed = pools + self.union_bytes([*self.weights.taken(), *slices])
+        if needed > self._memory_bytes:
+            raise OverMemoryError(f"over_memory: {needed} bytes needed, the budget is {self._memory_bytes}")
+
+    def trim(self) -> None:
+        """Let go of what a retired generation holds and a newer one has by now too."""
+        with self._lock:
+            for position in self._positions.values():
+                if position.is_retired:
+                    position.slices = self.weights.release_doubled(position.slices)
+
+    def _new_pool(self, shard: Shard, kv_blocks: int) -> IncomingKv:
         model = self.spec.model
         return IncomingKv(
             KvStore(
-                num_blocks=command.kv_blocks,
-                layers=command.shard.layers,
-                kv_heads=kv_head_range(model, tensor=command.shard.tensor, rank=command.shard.rank),
+                num_blocks=kv_blocks,
+                layers=shard.layers,
+                kv_heads=kv_head_range(model, tensor=shard.tensor, rank=shard.rank),
                 head_dim=model.head_dim,
                 dtype=TORCH_DTYPES[model.dtype],
                 device=self._device,
@@ -207,7 +235,21 @@ class Holdings:
 
     def is_complete(self, position: Position) -> bool:
         """Whether all weights of the position are written."""
-        return not self.weights.missing(position.slices)
+        return not position.is_retired and not self.weights.missing(position.slices)
+
+    def release_part(self, replica: ReplicaId, generation: int, slices: Sequence[Slice], *, kv: bool) -> None:
+        """Free these ranges of a position that has been left, and with `kv` its pool; the rest can be copied from."""
+        position = self.position(replica, generation)
+        if position is None:
+            return
+        _retire(position)
+        with self._lock:
+            if kv:
+                position.incoming = self._new_pool(position.shard, 0)
+                position.kv = position.incoming.kv
+            position.slices = self.weights.give_up(position.slices, slices)
+            self._loose = list(self.weights.give_up(self._loose, slices))
+        self.trim()
 
     def release(self, replica: ReplicaId, generation: int, *, keep_weights: bool = False) -> None:
         """Free a position; slices left over from aborted plans go too, as what they were kept for is decided now.
@@ -280,6 +322,14 @@ class Holdings:
             _union_length(runs) * row_bytes(model, parameter_of(model, parameter))
             for (parameter, _), runs in ranges.items()
         )
+
+
+def _retire(position: Position) -> None:
+    """End what runs there and let go of the tensors it multiplies with; weights and KV stay."""
+    _end(position)
+    with position.lock:
+        position.is_retired = True
+        position.loop, position.mesh, position.model = None, None, None
 
 
 def _end(position: Position) -> None:

@@ -182,7 +182,9 @@ class KvFollower:
         return taken
 
     def start(self) -> None:
-        """Follow on a thread of its own."""
+        """Follow on a thread of its own; asked again (a restarted coordinator does) it goes on."""
+        if self._thread is not None:
+            return
         self._thread = threading.Thread(target=self._follow, name="kv-follower", daemon=True)
         self._thread.start()
 

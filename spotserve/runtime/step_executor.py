@@ -125,8 +125,7 @@ class StepExecutor:
         if isinstance(step, Activate):
             return await self._activate(command_id, epoch, step, command.admissions)
         if isinstance(step, Release):
-            release = wire.ReleaseCommand(**self._head(command_id), replica=step.replica, generation=step.generation)
-            return await self._ask(step.workers[0], release)
+            return await self._release(command_id, epoch, step)
         raise InvariantError(f"step {step.id} of kind {step.kind} has no executor")
 
     async def _reserve(self, command_id: str, epoch: int, step: Reserve) -> dict[str, Any]:
@@ -147,6 +146,7 @@ class StepExecutor:
             shard=shard,
             kv_blocks=replica.kv_blocks,
             max_running=replica.max_running,
+            with_weights=plan.mode == "live",
         )
         return await self._ask(step.workers[0], reserve)
 
@@ -217,6 +217,16 @@ class StepExecutor:
         others = [gpu for gpu in replica.gpus if gpu != replica.leader]
         await asyncio.gather(self._ask_all(others, activate), self._ask(replica.leader, leading))
         return {}
+
+    async def _release(self, command_id: str, epoch: int, step: Release) -> dict[str, Any]:
+        release = wire.ReleaseCommand(
+            **self._head(command_id),
+            replica=step.replica,
+            generation=step.generation,
+            slices=None if _is_last(self._plan(epoch), step) else step.slices,
+            kv=step.kv,
+        )
+        return await self._ask(step.workers[0], release)
 
     async def _quiesce(self, command_id: str, epoch: int, step: Quiesce) -> ev.Event:
         replica = next(r for r in self._plan(epoch).snapshot.world.replicas if r.id == step.replica)
@@ -298,6 +308,16 @@ class StepExecutor:
 
 def _replica(plan: Plan, name: ReplicaId) -> Replica:
     return next(replica for replica in plan.target.replicas if replica.id == name)
+
+
+def _is_last(plan: Plan, release: Release) -> bool:
+    """Whether the worker's position ends with this release; in_place plans free parts of it before."""
+    same = [
+        step.id
+        for step in plan.steps
+        if isinstance(step, Release) and (step.workers, step.replica) == (release.workers, release.replica)
+    ]
+    return same[-1] == release.id
 
 
 def _followed(plan: Plan, delta: CopyKvDelta) -> str:

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 from spotserve.core import commands as cmd
 from spotserve.core import events as ev
-from spotserve.core.ids import GpuId, InstanceId, ReplicaId, RequestId, instance_of
-from spotserve.core.plan import Plan, PlanningProblem, Step
+from spotserve.core.ids import GpuId, InstanceId, ReplicaId, RequestId, StepId, instance_of
+from spotserve.core.plan import CopyKvDelta, Plan, PlanningProblem, Release, Step
 from spotserve.core.sampling import SamplingParameters
 from spotserve.core.slices import Shard, stage_shard
 from spotserve.core.snapshot import Holding, Replica
@@ -103,6 +103,8 @@ class VirtualWorld:
         self.requests: dict[RequestId, VirtualRequest] = {}
         self.holdings: dict[GpuId, dict[Owner, Shard]] = {}
         self.plans: dict[int, Plan] = {}
+        self.brought: dict[tuple[int, StepId], set[tuple[RequestId, int]]] = {}
+        """What each `copy_kv_delta` of an epoch brought."""
         self.fenced: set[Owner] = set()
         self.aborted: set[int] = set()
         self.submitted: set[str] = set()
@@ -321,13 +323,21 @@ class VirtualWorld:
             return self._activate(command)
         if step.kind == "reserve":
             self._hold(command.epoch, step.workers[0], step.replica, step.stage, step.rank)
-        if step.kind == "release":
+        if step.kind == "release" and self._is_last_release(command.epoch, step):
             for gpu in step.workers:
                 self.holdings[gpu].pop((step.replica, step.generation), None)
         missing = tuple((p.request, p.choice) for p in command.manifest if self._gone(step, p.request))
+        if step.kind == "copy_kv_delta":
+            brought = {(p.request, p.choice) for p in command.manifest} - set(missing)
+            self.brought[command.epoch, step.id] = brought
         return ev.StepDone(
             at_s=self.at_s, epoch=command.epoch, step=step.id, bytes=getattr(step, "bytes", 0), missing=missing
         )
+
+    def _is_last_release(self, epoch: int, step: Release) -> bool:
+        """Whether the position ends; in_place plans free parts of it before."""
+        releases = [s for s in self.plans[epoch].steps if isinstance(s, Release) and s.workers == step.workers]
+        return [s.id for s in releases if s.replica == step.replica][-1] == step.id
 
     def _gone(self, step: Step, request: RequestId) -> bool:
         return self.requests[request].ended is not None
@@ -387,11 +397,23 @@ class VirtualWorld:
             if request.ended is not None or admission.request in virtual.running:
                 continue
             kept = {p.choice for p in admission.choices if p.kv_tokens}
+            self._check_brought(virtual, admission.request, kept)
             moved = len(kept) == request.num_choices
             if not moved and request.tokens:
                 request.recomputed += request.prompt_tokens
             virtual.running[admission.request] = 0 if moved else 1 + request.prompt_tokens // 64
             virtual.kv_generation[admission.request] = admission.kv_generation
+
+    def _check_brought(self, virtual: VirtualReplica, request: RequestId, choices: set[int]) -> None:
+        """A leader is told of no KV that some copy has not brought."""
+        for epoch, plan in self.plans.items():
+            for step in plan.steps:
+                if not isinstance(step, CopyKvDelta) or step.route.to_replica != virtual.replica.id:
+                    continue
+                sources = [v for v in self.replicas.values() if v.replica.id == step.route.from_replica]
+                brought = {choice for name, choice in self.brought.get((epoch, step.id), ()) if name == request}
+                if any(request in v.running for v in sources) and not choices <= brought:
+                    raise InvariantError(f"{virtual.replica.id} is told of KV of {request} that {step.id} did not bring")
 
     def _make_durable(self, command_id: str, command: cmd.MakeDurable) -> None:
         def answer() -> ev.Event:

@@ -150,8 +150,8 @@ PREFERENCES: dict[str, Preference] = {
     "layered": least_loaded,
     "first_holder": first_holder,
 }
-"""How a source is chosen. `layered` is `maxflow` whose in_place plans free weights layer by layer (SpotServe's
-Algorithm 2), which needs workers that can; the others free all of an old generation first and fetch it again."""
+"""How a source is chosen. `layered` is `maxflow` whose in_place plans keep KV and free weights layer by layer
+(SpotServe's Algorithm 2) where memory and time allow; the others free all of an old generation and fetch it again."""
 
 
 def choose_sources(

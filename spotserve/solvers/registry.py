@@ -15,7 +15,7 @@ SOLVERS: dict[str, tuple[str, ...]] = {
     "place": tuple(ASSIGNERS),
     "migrate": tuple(PREFERENCES),
 }
-DEFAULTS = {"configure": "cpsat", "place": "makespan", "migrate": "maxflow"}
+DEFAULTS = {"configure": "cpsat", "place": "makespan", "migrate": "layered"}
 POLICIES = ("live", "reroute", "reparallelize")
 
 

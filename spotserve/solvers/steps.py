@@ -91,6 +91,9 @@ class StepWriter:
     def write_in_place(self, order: Sequence[str] | None) -> tuple[Step, ...]:
         """quiesce -> commit -> KV -> weights, layer by layer with releases between -> activate (Algorithm 2).
 
+        The delta after each `copy_kv` brings the last blocks, which are not full, and says what did not come. A GPU's
+        last release ends its old position.
+
         Without an `order` everything old is released first, then fetched: the restart.
         """
         self._quiesce_all([])
@@ -106,42 +109,46 @@ class StepWriter:
         for route, transfers in self.draft.kv.items():
             for transfer in transfers:
                 self._copy_kv(route, transfer, [*self._reserved_at(transfer.destination), commit])
-        self._layers(order)
+        kv_done: dict[GpuId, list[StepId]] = defaultdict(list)
+        for route, transfer, copied in self.copied_kv:
+            delta = self._copy_kv_delta(route, transfer, [copied, self.quiesced[route.from_replica]])
+            kv_done[transfer.destination].append(delta)
+            self.arrivals[transfer.destination].append(delta)
+        self._layers(order, kv_done)
         for replica in self.draft.fresh:
             self._join(replica, [])
-        kv_done = [step for _, _, step in self.copied_kv]
         activated = []
         for replica in self.draft.fresh:
             needs = [step for gpu in replica.gpus for step in self.arrivals[gpu]]
             activated.append(self._activate(replica, [commit, self.joined[replica.id], *needs]))
         self._recompute([commit, *activated])
-        if order is not None and self.draft.kv_first:
+        if order is not None:
+            waits = [commit, *(step for steps in kv_done.values() for step in steps), *activated]
             for replica in self.draft.affected:
                 for gpu in self._alive(replica):
-                    self._release(replica, gpu, {}, [commit, *kv_done, *activated])
+                    slices = {} if gpu in self.reserved else self._unneeded(gpu)
+                    self._release(replica, gpu, slices, waits, kv=self.draft.kv_first)
         return tuple(self.steps)
 
-    def _layers(self, order: Sequence[str] | None) -> None:
+    def _layers(self, order: Sequence[str] | None, kv_done: dict[GpuId, list[StepId]]) -> None:
         """Weights: all at once after the restart's releases, else one layer after the other, freeing in between."""
         if order is None:
             for group in _by_pair(self.draft.transfers):
                 self._fetch(group, [self.reserved[group[0].destination]])
             return
         freed: dict[GpuId, list[StepId]] = defaultdict(list)
-        kv_of = defaultdict(list)
-        for _, transfer, step in self.copied_kv:
-            kv_of[transfer.destination].append(step)
         for layer in order:
             readers: dict[GpuId, list[StepId]] = defaultdict(list)
             for group in _by_pair([t for t in self.draft.transfers if t.layer == layer]):
                 gpu = group[0].destination
-                step = self._fetch(group, [self.reserved[gpu], *kv_of[gpu], *freed[gpu]])
+                step = self._fetch(group, [self.reserved[gpu], *kv_done[gpu], *freed[gpu]])
                 if group[0].source is not None:
                     readers[group[0].source].append(step)
             for replica in self.draft.affected:
                 for gpu in self._alive(replica):
                     gone = {n: r for n, r in self._unneeded(gpu).items() if layer_of(n) == layer}
-                    if gone:
+                    # Nothing comes to the others: all they hold goes at the end.
+                    if gone and gpu in self.reserved:
                         waits = [self._commit_id(), *readers[gpu]]
                         freed[gpu].append(self._release(replica, gpu, gone, waits, kv=False))
 
@@ -275,9 +282,9 @@ class StepWriter:
         self.copied_kv.append((route, transfer, self._add(step)))
         self.arrivals[transfer.destination].append(step.id)
 
-    def _copy_kv_delta(self, route: Route, transfer: KvTransfer, depends_on: list[StepId]) -> None:
+    def _copy_kv_delta(self, route: Route, transfer: KvTransfer, depends_on: list[StepId]) -> StepId:
         num_bytes = self.draft.delta_bytes(route, transfer.rectangle)
-        self._add(
+        return self._add(
             CopyKvDelta(
                 id=self._next(),
                 depends_on=tuple(depends_on),

@@ -47,7 +47,7 @@ class RunHistory:
         order says so, no clock does.
         """
         accepted: dict[str, int] = {}
-        served = []
+        served: list[str] = []
         copying = min(self.begun("copy_weights"))
         for entry in self.entries:
             if isinstance(entry.event, RequestAccepted) and entry.sequence > copying:

@@ -15,6 +15,8 @@ from typing import Any
 
 import httpx2 as httpx
 import psutil
+import pytest
+from _pytest.mark import ParameterSet
 
 from spotserve.core.controller import Entry
 from spotserve.store.journal import EntryJournal, Journal
@@ -247,6 +249,11 @@ def clear(scene: Scene) -> None:
     for group in scene.groups().values():
         if members_of(group):
             os.killpg(group, signal.SIGKILL)
+
+
+def rarely(*values: object) -> list[ParameterSet]:
+    """Cases of a parametrized test that only the long run plays."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def until(condition: Callable[[], bool], what: str, timeout_s: float = PATIENCE_S) -> None:

@@ -116,9 +116,7 @@ def test_plan_file_from_snapshot_to_released(
         assert small.expected(30) == [stream.wait() for stream in small.stream_all(daemon, 30)]
 
 
-def test_plan_for_another_world_is_refused(
-    tmp_path: Path, small: TinyModel, small_environment: dict[str, str]
-) -> None:
+def test_plan_for_another_world_is_refused(tmp_path: Path, small: TinyModel, small_environment: dict[str, str]) -> None:
     """Tests that a plan for a later epoch, for a world that has changed, or with a forged step is refused."""
     args = [str(small.folder), "--gpu-memory", "24MiB", "--instances", "3", "-dp", "1", "-pp", "2", "-tp", "1"]
     with running(tmp_path / "state", *args, env=small_environment) as daemon:

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
@@ -16,7 +17,7 @@ from spotserve.api.tokenizer import TextCodec
 from spotserve.app import BUILTIN_MODEL
 from spotserve.core.spec import KV_BLOCK_TOKENS
 from tests.e2e.daemon import RunningDaemon, running
-from tests.e2e.models import VOCAB_SIZE, write_tiny
+from tests.e2e.models import VOCAB_SIZE, write_profile, write_tiny
 
 pytestmark = pytest.mark.e2e
 
@@ -40,6 +41,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory, daemon_environment: dict[str,
     """A client with the key of a daemon that has no tokenizer, wants a key and lets hardly anybody wait."""
     folder = tmp_path_factory.mktemp("bare")
     model = write_tiny(folder / "tiny")
+    write_profile(model, Path(daemon_environment["SPOTSERVE_PROFILE_CACHE"]))
     arguments = ["--instances", "1", "--gpu-memory", "16MiB", "--max-num-seqs", str(MAX_RUNNING)]
     arguments += ["--max-queue", str(MAX_QUEUE)]
     environment = {**daemon_environment, "SPOTSERVE_API_KEY": KEY}

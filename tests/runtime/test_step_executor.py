@@ -7,7 +7,7 @@ import asyncio
 from spotserve.core import commands as cmd
 from spotserve.core import events as ev
 from spotserve.core import wire
-from spotserve.core.ids import GpuId
+from spotserve.core.ids import GpuId, InstanceId
 from spotserve.core.plan import CopyWeights
 from spotserve.runtime.step_executor import StepExecutor
 from spotserve.solvers.planner import make_plan
@@ -53,3 +53,45 @@ def test_step_of_an_aborted_plan_fails_quietly() -> None:
     event, kinds = asyncio.run(play())
     assert isinstance(event, ev.StepFailed)
     assert ["grant"] == kinds
+
+
+class CopyingWorkers(SlowWorkers):
+    """Copies at once; its first byte came 1.5 s before the reply."""
+
+    async def command(self, worker: GpuId, command: wire.Command) -> wire.Reply:
+        """The reply of a copy."""
+        return wire.Reply(command=command.command, ok=True, result={"bytes": 10, "first_byte_age_s": 1.5})
+
+    def connected(self) -> dict[GpuId, wire.Register]:
+        """Everybody."""
+        return dict.fromkeys((GpuId(f"i{index}/0") for index in range(8)), register())
+
+
+def register() -> wire.Register:
+    """A worker of which only the address matters."""
+    return wire.Register(
+        worker=GpuId("i0/0"),
+        instance=InstanceId("i0"),
+        num_gpus=1,
+        incarnation="a",
+        pid=1,
+        process_group=1,
+        started_at=0.0,
+        version="0",
+        memory_bytes=1,
+        device="cpu",
+        mesh_address="127.0.0.1:1",
+        transfer_address="127.0.0.1:2",
+    )
+
+
+def test_first_byte_is_told_by_the_coordinators_clock() -> None:
+    """Tests that the age of a copy's first byte becomes a time of the journal, with the bytes beside it."""
+    executor = StepExecutor(CopyingWorkers(), term=1, clock=lambda: 9.0, contents=lambda admissions: ())
+    problem = running_problem(tiny_spec(), shape=(1, 2, 2), memory_bytes=24 * MIB, trigger=notice("i0"), spare=1)
+    plan = make_plan(problem)
+    step = next(step for step in plan.steps if isinstance(step, CopyWeights) and step.source != step.destination)
+    executor.begin(plan)
+    event = asyncio.run(executor.execute("7.0", cmd.ExecuteStep(epoch=plan.epoch.to, step=step)))
+    assert isinstance(event, ev.StepDone)
+    assert (10, {"first_byte_at_s": 7.5}) == (event.bytes, event.result)

@@ -87,3 +87,32 @@ def test_a_range_is_read_across_slices(model: ModelSpec, folder: Path) -> None:
     assert torch.equal(checkpoint.read(piece(16, 80)), got)
     with pytest.raises(KeyError, match="96"):
         weights.read_range(DOWN, 1, 80, 100)
+
+
+def test_a_range_that_landed_counts_once_it_is_marked(model: ModelSpec, folder: Path) -> None:
+    """Tests that receiving into the store's own memory leaves the range missing until it is marked, then everywhere."""
+    weights, checkpoint = WeightStore(model), Checkpoint(folder, model)
+    query = "model.layers.0.self_attn.q_proj.weight"
+    rows = int(weights.range_shape(piece(0, 8, parameter=query, dim=0))[1])
+    whole, low, part = (piece(a, b, parameter=query, dim=0) for a, b in ((0, rows), (0, 16), (8, 24)))
+    weights.reserve([whole, part])
+    place = weights.landing_place(low)
+    assert place is not None
+    place.copy_(checkpoint.read(low))
+    assert (low,) == weights.missing([low])
+    weights.mark_written(low, place)
+    assert (piece(16, rows, parameter=query, dim=0),) == weights.missing([whole])
+    assert (piece(16, 24, parameter=query, dim=0),) == weights.missing([part])
+    assert weights.landing_place(low) is None, "what is written may be read by now"
+    weights.write_range(query, 0, 16, rows, checkpoint.read(piece(16, rows, parameter=query, dim=0)))
+    assert torch.equal(checkpoint.read(whole), weights.tensor(whole))
+    assert torch.equal(checkpoint.read(part), weights.tensor(part))
+
+
+def test_what_is_not_one_run_of_memory_lands_elsewhere(model: ModelSpec) -> None:
+    """Tests that a cut along columns, and a range that nobody reserved, have no landing place."""
+    weights = WeightStore(model)
+    weights.reserve([piece(0, 64)])
+    assert weights.landing_place(piece(0, 32)) is None
+    assert weights.landing_place(piece(32, 96)) is None
+    assert weights.landing_place(piece(0, 64)) is not None

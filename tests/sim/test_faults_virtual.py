@@ -10,8 +10,9 @@ from spotserve.core import commands as cmd
 from spotserve.core import events as ev
 from spotserve.core.controller import Controller
 from spotserve.core.ids import InstanceId, instance_of
-from spotserve.core.plan import Step
+from spotserve.core.plan import Plan, PlanningProblem, Step
 from spotserve.core.state import step_gpus
+from spotserve.errors import InfeasibleError
 from spotserve.sim.world import check_streams
 from tests.sim.test_virtual_world import Stage
 
@@ -89,6 +90,27 @@ def test_worker_of_a_step_dies(kind: str, end: int, delay_s: float, told_s: floa
     check_calm(stage)
 
 
+def test_a_loss_is_answered_during_a_retry_pause() -> None:
+    """Tests that the pause after failed plans holds up the same problem only: a loss is planned for at once."""
+    stage = busy_stage()
+    stage.play(5.0)
+    solve, stage.world.planner = stage.world.planner, refuse
+    stage.notice(6.0, "i0", grace_s=60.0)
+    stage.play(12.0)
+    assert stage.controller.state.num_retries > 2
+    stage.world.planner = solve
+    stage.kill(12.0, "i1")
+    stage.play(12.5)
+    lost = next(entry for entry in stage.journal.entries if entry.event.kind == "instance_lost")
+    assert "take_snapshot" in [command.kind for command in lost.commands]
+    check_calm(stage)
+
+
+def refuse(problem: PlanningProblem) -> Plan:
+    """A planner that finds nothing."""
+    raise InfeasibleError("nothing today")
+
+
 def restart(stage: Stage, *, num_instances: int = 4) -> None:
     """The coordinator comes back from the fold of its journal."""
     controller = Controller()
@@ -110,6 +132,20 @@ def test_workers_die_with_their_coordinator(survivors: int) -> None:
     check_streams(stage.world)
     assert "serving" == stage.service
     assert 4 == len(stage.controller.state.living())
+
+
+@pytest.mark.parametrize("stopped_at_s", [4.0, 4.05, 4.2])
+def test_restart_after_a_stop_with_open_requests(stopped_at_s: float) -> None:
+    """Tests that what is open at the end of the drain, or of a coordinator killed while it drains, goes on."""
+    stage = busy_stage()
+    stage.world.at(4.0, lambda at_s: ev.StopRequested(at_s=at_s, drain_s=0.1))
+    stage.play(stopped_at_s)
+    for name in sorted(stage.world.alive):
+        stage.world.crash(name)
+    restart(stage)
+    stage.play(100.0)
+    check_streams(stage.world)
+    assert "serving" == stage.service
 
 
 @pytest.mark.parametrize("victim", ["i0", "i1", "i2", "i3"])
