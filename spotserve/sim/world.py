@@ -413,7 +413,9 @@ class VirtualWorld:
                 sources = [v for v in self.replicas.values() if v.replica.id == step.route.from_replica]
                 brought = {choice for name, choice in self.brought.get((epoch, step.id), ()) if name == request}
                 if any(request in v.running for v in sources) and not choices <= brought:
-                    raise InvariantError(f"{virtual.replica.id} is told of KV of {request} that {step.id} did not bring")
+                    raise InvariantError(
+                        f"{virtual.replica.id} is told of KV of {request} that {step.id} did not bring"
+                    )
 
     def _make_durable(self, command_id: str, command: cmd.MakeDurable) -> None:
         def answer() -> ev.Event:
