@@ -51,7 +51,7 @@ def _readmit(state: ClusterState, replica: Replica) -> Iterator[cmd.Command]:
         if r.id not in moved
     )
     if admissions:
-        yield cmd.AdmitRequests(replica=replica.id, generation=replica.generation, admissions=admissions)
+        yield cmd.AdmitRequests(replica=replica.id, generation=replica.generation, admissions=admissions, again=True)
 
 
 def _room(state: ClusterState, replica: Replica) -> int:

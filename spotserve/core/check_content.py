@@ -153,9 +153,12 @@ def check_releases(facts: Facts) -> Iterator[Finding]:
     """Nothing is freed that the new layout still needs, unless it arrives again, or before it has been read."""
     released = _released_before_arrival(facts)
     readers: dict[GpuId, list[CopyWeights]] = defaultdict(list)
+    kv_readers: dict[tuple[GpuId, ReplicaId], list[CopyKv | CopyKvDelta]] = defaultdict(list)
     for step in facts.plan.steps:
         if isinstance(step, CopyWeights):
             readers[step.source].append(step)
+        elif isinstance(step, CopyKv | CopyKvDelta):
+            kv_readers[step.source, step.route.from_replica].append(step)
     for number, step in enumerate(facts.plan.steps):
         if not isinstance(step, Release):
             continue
@@ -169,6 +172,8 @@ def check_releases(facts: Facts) -> Iterator[Finding]:
             for start, stop in _shared(minus(runs, again), needed.get(key, [])):
                 message = f"{gpu} frees {key[0]} [{start}, {stop}), which its new position needs"
                 yield Finding(code="coverage_hole", step=step.id, path=path, message=message)
+        for kv_reader in kv_readers[gpu, step.replica] if step.kv else []:
+            yield from _read_first(facts, step, kv_reader, path)
         for reader in readers[gpu]:
             wanted: Cells = {}
             add(wanted, reader.slices)
@@ -176,7 +181,9 @@ def check_releases(facts: Facts) -> Iterator[Finding]:
                 yield from _read_first(facts, step, reader, path)
 
 
-def _read_first(facts: Facts, release: Release, reader: CopyWeights, path: str) -> Iterator[Finding]:
+def _read_first(
+    facts: Facts, release: Release, reader: CopyWeights | CopyKv | CopyKvDelta, path: str
+) -> Iterator[Finding]:
     if facts.follows(reader, release):
         message = f"{reader.id} reads what {release.workers[0]} has freed by then"
         yield Finding(code="not_a_holder", step=reader.id, path=path, message=message)

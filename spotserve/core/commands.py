@@ -143,6 +143,8 @@ class AdmitRequests(Frozen):
     replica: ReplicaId
     generation: int
     admissions: tuple[Admission, ...]
+    again: bool = False
+    """After a restart: most of them run there already, and nothing of those is recomputed."""
 
 
 class FenceReplica(Frozen):

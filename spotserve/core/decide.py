@@ -58,7 +58,9 @@ def _instances(before: ClusterState, state: ClusterState, event: ev.Event) -> It
         for instance in state.living():
             if instance.deadline_at_s is not None:
                 yield cmd.SetTimer(timer=f"deadline:{instance.id}", at_s=instance.deadline_at_s)
-            if instance.state == "requested" and instance.id in before.instances:
+            if instance.condemned is not None:
+                yield cmd.KillInstance(instance=instance.id, reason=instance.condemned)
+            elif instance.state == "requested" and instance.id in before.instances:
                 yield cmd.LaunchInstance(instance=instance.id, market=instance.market)
 
 
@@ -88,7 +90,9 @@ def _requests(before: ClusterState, state: ClusterState, event: ev.Event) -> Ite
             yield _end(request, "failed", "timeout_s passed")
     if isinstance(event, ev.CoordinatorRestarted):
         for request in state.requests.values():
-            if request.deadline_at_s is not None:
+            if request.ending is not None:
+                yield _end(request, *request.ending)
+            elif request.deadline_at_s is not None:
                 yield cmd.SetTimer(timer=f"request:{request.id}", at_s=request.deadline_at_s)
 
 

@@ -99,9 +99,9 @@ SERVICE = Lifecycle(
     edges=(
         Edge("provisioning", ("degraded",), "provisioning"),
         Edge("serving", ("provisioning", "draining", "migrating", "resuming", "degraded"), "serving"),
-        Edge("draining", ("serving", "resuming", "migrating", "degraded"), "draining"),
-        Edge("migrating", ("serving", "draining", "resuming", "degraded"), "migrating"),
-        Edge("resuming", ("migrating", "draining", "degraded", "serving"), "resuming"),
+        Edge("draining", ("provisioning", "serving", "resuming", "migrating", "degraded"), "draining"),
+        Edge("migrating", ("provisioning", "serving", "draining", "resuming", "degraded"), "migrating"),
+        Edge("resuming", ("provisioning", "migrating", "draining", "degraded", "serving"), "resuming"),
         Edge("degraded", ("provisioning", "serving", "draining", "migrating", "resuming"), "degraded"),
         Edge("stopping", ("provisioning", *_LIVE_SERVICE), "stopping"),
         Edge("stopped", ("provisioning", "stopping", *_LIVE_SERVICE), "stopped"),

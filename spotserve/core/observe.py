@@ -61,6 +61,8 @@ def _restarted(state: ClusterState, event: ev.CoordinatorRestarted) -> ClusterSt
     state = state.model_copy(
         update={"term": event.term, "planning": None, "retry_at_s": None, "stop_by_s": None, "stopped": False}
     )
+    if any(state.doomed(replica) for replica in state.serving()):
+        state = raise_trigger(state, "notice")
     # An instance that did not dial in again is about to be told lost: it does not count any more.
     present = [i for i in state.living() if all(gpu.id in event.workers for gpu in i.gpus)]
     missing = max(0, event.num_instances - len(present))
@@ -90,6 +92,9 @@ def _registered(state: ClusterState, event: ev.WorkerRegistered) -> ClusterState
     status = instance.state
     if status == "requested":
         status = fire(INSTANCE, status, "worker_registered")
+        if instance.deadline_at_s is not None:
+            # It was noticed before it had dialled in.
+            status = fire(INSTANCE, status, "noticed")
     gpus = tuple(sorted((*instance.gpus, Gpu(id=event.worker, memory_bytes=event.memory_bytes)), key=_gpu_order))
     if status == "joining" and len(gpus) == event.num_gpus:
         status = fire(INSTANCE, status, "all_registered")
@@ -143,8 +148,10 @@ def concerns(state: ClusterState, instance: InstanceId) -> bool:
 
 def _withdrawn(state: ClusterState, event: ev.NoticeWithdrawn) -> ClusterState:
     instance = state.instances.get(event.instance)
-    if instance is None or instance.state != "doomed":
+    if instance is None or instance.state == "gone" or instance.deadline_at_s is None:
         return state
+    if instance.state != "doomed":
+        return state.with_instance(instance.model_copy(update={"deadline_at_s": None}))
     ready = instance.model_copy(update={"state": fire(INSTANCE, "doomed", "withdrawn"), "deadline_at_s": None})
     state = state.with_instance(ready).model_copy(update={"membership": state.membership + 1})
     return raise_trigger(state, "joined")
@@ -208,7 +215,8 @@ def _broke(state: ClusterState, event: ev.ReplicaBroke) -> ClusterState:
     entry = state.replicas.get(event.replica)
     if entry is None or entry.replica.generation != event.generation or entry.state in ("lost", "retired"):
         return state
-    state = lose_replica(state, entry).model_copy(update={"membership": state.membership + 1})
+    changed = {"membership": state.membership + 1, "num_retries": state.num_retries + 1}
+    state = lose_replica(state, entry).model_copy(update=changed)
     run = state.run
     if run is not None and run.committed:
         steps = {step.id: "done" if _prepares(step, {event.replica}) else run.steps[step.id] for step in run.plan.steps}
@@ -233,8 +241,13 @@ def _first_token(state: ClusterState, event: ev.FirstToken) -> ClusterState:
     if request is None or (request.replica, request.generation) != (event.replica, event.generation):
         return state
     if request.state != "decoding":
-        request = request.model_copy(update={"state": fire(REQUEST, request.state, "first_token"), "had_token": True})
-        state = state.with_request(request)
+        # A first token may be told after the quiesce that it came before: the request then stays suspended.
+        decodes = state.replicas[event.replica].state == "serving"
+        status = fire(REQUEST, request.state, "first_token") if decodes else request.state
+        state = state.with_request(request.model_copy(update={"state": status, "had_token": True}))
+    if event.recomputed_tokens or request.state != "decoding":
+        # Something serves again: what comes next is no repetition of what failed.
+        state = state.model_copy(update={"num_retries": 0})
     state = state.model_copy(update={"awaiting": tuple(r for r in state.awaiting if r != event.request)})
     return _disturbed(state, event)
 
@@ -259,7 +272,8 @@ def _evicted(state: ClusterState, event: ev.RequestEvicted) -> ClusterState:
     request = state.requests.get(event.request)
     if request is None or (request.replica, request.generation) != (event.replica, event.generation):
         return state
-    if not can_fire(REQUEST, request.state, "evicted"):
+    serves = state.replicas[event.replica].state == "serving"
+    if not serves or not can_fire(REQUEST, request.state, "evicted"):
         return state
     # The request stays with its replica, whose leader readmits it by itself.
     queued = fire(REQUEST, request.state, "evicted")
@@ -341,11 +355,25 @@ def _quiesced(state: ClusterState, event: ev.Quiesced) -> ClusterState:
         return state
     entry = entry.model_copy(update={"state": fire(REPLICA, entry.state, "quiesced")})
     sources = {**run.sources, **{position.request: event.replica for position in event.positions}}
-    state = _with_step(state, run, step, positions=(*run.positions, *event.positions), sources=sources)
-    state = state.with_replica(entry)
+    run = run.model_copy(update={"positions": (*run.positions, *event.positions), "sources": sources})
+    # A delta may have been given up before anybody knew what it was to bring.
+    late = [s for s in run.plan.steps if isinstance(s, CopyKvDelta) and run.steps[s.id] == "late"]
+    missing = {*run.missing, *(choice for delta in late for choice in _route_choices(run, delta))}
+    state = _with_step(state, run, step, missing=tuple(sorted(missing)))
+    state = _without_late_copies(state.with_replica(entry))
     for request in state.requests_of(event.replica, event.generation):
         state = state.with_request(request.model_copy(update={"state": _suspended(request)}))
     return state
+
+
+def _without_late_copies(state: ClusterState) -> ClusterState:
+    """A delta that was given up before the positions were known brought nothing of them."""
+    run = state.run
+    assert run is not None
+    late = [s for s in run.plan.steps if isinstance(s, CopyKvDelta) and run.steps[s.id] == "late"]
+    missing = {choice for step in late for choice in _route_choices(run, step)}
+    update = {"missing": tuple(sorted({*run.missing, *missing}))}
+    return state.model_copy(update={"run": run.model_copy(update=update)})
 
 
 def _durable(state: ClusterState, event: ev.LedgerDurable) -> ClusterState:

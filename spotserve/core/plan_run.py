@@ -208,7 +208,9 @@ def _commit(state: ClusterState, run: PlanRun) -> cmd.CommitRun:
                 continue
             generation = targets[target].generation
             owners.append(cmd.OwnerChange(request=request.id, replica=target, generation=generation))
-            moved.append(cmd.Admission(request=request.id, kv_generation=request.kv_generation, choices=kept))
+            generations = 0 if len(kept) == request.num_choices else KV_GENERATIONS_PER_ADMISSION
+            kv_generation = request.kv_generation + generations
+            moved.append(cmd.Admission(request=request.id, kv_generation=kv_generation, choices=kept))
     return cmd.CommitRun(
         epoch=run.epoch,
         owners=tuple(owners),

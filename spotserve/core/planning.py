@@ -13,12 +13,15 @@ from spotserve.core.plan_run import begin, retry_at_s
 from spotserve.core.snapshot import ChoiceProgress, RequestProgress, Snapshot
 from spotserve.core.state import ClusterState, world_of
 
+PATIENT_RETRIES = 3
+"""Replicas that may break one after the other, without a token between, before planning waits."""
+
 
 def make_plan(before: ClusterState, state: ClusterState, event: ev.Event) -> Iterator[cmd.Command]:
     """Snapshot, solve, begin; whatever is older than the membership starts over."""
     if isinstance(event, ev.SnapshotTaken) and state.planning is not None and state.planning.phase == "snapshot":
         yield from _solve(state, event)
-    elif isinstance(event, ev.PlanReady) and state.planning is not None and state.planning.phase == "solve":
+    elif isinstance(event, ev.PlanReady) and _is_awaited(state, event.plan):
         yield from _adopt(state, event.plan)
     elif isinstance(event, ev.PlanFailed) and state.planning is not None:
         yield cmd.DropPlan(reason=event.error, again=True)
@@ -28,6 +31,12 @@ def make_plan(before: ClusterState, state: ClusterState, event: ev.Event) -> Ite
     is_due = isinstance(event, ev.TimerFired) and event.timer == "replan" and before.retry_at_s is not None
     if is_due and state.trigger is None and state.planning is None and state.run is None:
         yield from _start_planning(state, "joined")
+
+
+def _is_awaited(state: ClusterState, plan: Plan) -> bool:
+    """Whether a plan answers the planning under way, and not one that a run or a restart has overtaken."""
+    planning = state.planning
+    return planning is not None and planning.phase == "solve" and plan.epoch.to == planning.epoch_to
 
 
 def _may_apply(state: ClusterState, event: ev.PlanSubmitted) -> bool:
@@ -96,5 +105,9 @@ def answer_triggers(before: ClusterState, state: ClusterState, event: ev.Event) 
     if state.retry_at_s is not None and state.membership == before.membership:
         return  # What failed would fail again; another membership is another problem and is solved at once.
     if state.stop_by_s is not None and not state.requests:
+        return
+    if isinstance(event, ev.ReplicaBroke) and state.num_retries > PATIENT_RETRIES:
+        # It breaks whatever it is rebuilt of: slower each time, so that the journal and the workers survive it.
+        yield cmd.SetTimer(timer="replan", at_s=retry_at_s(state))
         return
     yield from _start_planning(state, state.trigger)

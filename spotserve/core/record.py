@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from spotserve.core import commands as cmd
-from spotserve.core.lifecycles import PLAN_RUN, REPLICA, REQUEST, fire
+from spotserve.core.lifecycles import PLAN_RUN, REPLICA, REQUEST, can_fire, fire
 from spotserve.core.plan import Plan
 from spotserve.core.state import ClusterState, Disturbance, Migration, Planning, PlanRun, ReplicaEntry, TriggerKind
 
@@ -44,6 +44,7 @@ def _begin(state: ClusterState, command: cmd.BeginRun) -> ClusterState:
         "run": run,
         "planning": None,
         "trigger": None,
+        "retry_at_s": None,
         "next_epoch": max(state.next_epoch, plan.epoch.to + 1),
     }
     state = state.model_copy(update=update)
@@ -88,9 +89,11 @@ def _commit(state: ClusterState, command: cmd.CommitRun) -> ClusterState:
     for owner in command.owners:
         request = state.requests.get(owner.request)
         if request is not None:
-            state = state.with_request(
-                request.model_copy(update={"replica": owner.replica, "generation": owner.generation})
-            )
+            status = request.state
+            if owner.replica is None and status != "suspended":
+                status = fire(REQUEST, status, "suspended")
+            update = {"replica": owner.replica, "generation": owner.generation, "state": status}
+            state = state.with_request(request.model_copy(update=update))
     state = _note_migration(state, run)
     moved = tuple(a.request for a in command.moved if a.request in state.requests)
     return state.model_copy(
@@ -118,7 +121,9 @@ def _abort(state: ClusterState, command: cmd.AbortRun) -> ClusterState:
         for name, entry in state.replicas.items()
         if not (entry.replica.generation == run.epoch and entry.state in ("preparing", "lost"))
     }
-    state = state.model_copy(update={"replicas": replicas, "run": None})
+    # What the run was for still has to be done.
+    wanted = state.trigger if state.trigger is not None else run.plan.trigger.kind
+    state = state.model_copy(update={"replicas": replicas, "run": None, "trigger": wanted})
     fire(PLAN_RUN, run.state, "aborted")
     for name, _generation in command.resume:
         entry = state.replicas[name]
@@ -127,7 +132,8 @@ def _abort(state: ClusterState, command: cmd.AbortRun) -> ClusterState:
         state = state.with_replica(entry.model_copy(update={"state": fire(REPLICA, entry.state, "resumed")}))
         for request in state.requests_of(name, entry.replica.generation):
             trigger = "first_token" if request.had_token else "admitted"
-            state = state.with_request(request.model_copy(update={"state": fire(REQUEST, request.state, trigger)}))
+            if can_fire(REQUEST, request.state, trigger):
+                state = state.with_request(request.model_copy(update={"state": fire(REQUEST, request.state, trigger)}))
     return _close_migration(state, run.epoch, "aborted")
 
 
@@ -144,7 +150,7 @@ def _finish(state: ClusterState, command: cmd.FinishRun) -> ClusterState:
     fire(PLAN_RUN, run.state, "released")
     replicas = {name: entry for name, entry in state.replicas.items() if entry.state not in ("retired", "lost")}
     state = _note_migration(state, run)
-    state = state.model_copy(update={"run": None, "replicas": replicas, "num_retries": 0})
+    state = state.model_copy(update={"run": None, "replicas": replicas})
     if not state.served and state.serving():
         state = state.model_copy(update={"served": True, "served_at_s": state.at_s})
     return _close_migration(state, run.epoch, "completed")
@@ -182,7 +188,20 @@ def _drop_plan(state: ClusterState, command: cmd.DropPlan) -> ClusterState:
     update: dict[str, object] = {"planning": None, "infeasible": command.infeasible}
     if not command.again:
         update["trigger"] = None
+    elif state.trigger is None and planning is not None:
+        update["trigger"] = planning.trigger.kind
     return state.model_copy(update=update)
+
+
+def _kill(state: ClusterState, command: cmd.KillInstance) -> ClusterState:
+    instance = state.instances[command.instance]
+    return state.with_instance(instance.model_copy(update={"condemned": command.reason}))
+
+
+def _end_request(state: ClusterState, command: cmd.EndRequest) -> ClusterState:
+    request = state.requests[command.request]
+    ending = (command.outcome, command.error)
+    return state.with_request(request.model_copy(update={"ending": ending}))
 
 
 def _stop(state: ClusterState, command: cmd.StopService) -> ClusterState:
@@ -201,5 +220,7 @@ _RECORDERS: dict[str, Callable[[ClusterState, Any], ClusterState]] = {
     "admit_requests": _admit,
     "set_timer": _timer,
     "drop_plan": _drop_plan,
+    "kill_instance": _kill,
+    "end_request": _end_request,
     "stop_service": _stop,
 }

@@ -29,6 +29,8 @@ class Instance(Frozen):
     num_gpus: int = 0
     gpus: tuple[Gpu, ...] = ()
     deadline_at_s: float | None = None
+    condemned: str | None = None
+    """Why it was ordered to be killed: a coordinator that finds it alive after a restart orders it again."""
 
 
 class ReplicaEntry(Frozen):
@@ -52,6 +54,8 @@ class Request(Frozen):
     kv_generation: int = 0
     had_token: bool = False
     deadline_at_s: float | None = None
+    ending: tuple[Literal["cancelled", "failed"], str | None] | None = None
+    """(outcome, error) that it was ordered to end with: ordered again after a restart."""
 
 
 class PlanRun(Frozen):

@@ -70,7 +70,8 @@ from spotserve.runtime.weights import WeightStore
 
 SELF_NOTICE_S = 30.0
 _MAX_OUTCOMES = 8192
-_PROBE_TIMEOUT_S = 2.0
+_PROBE_PATIENCE_S = 0.01
+"""A notice's plan waits for the probe: an iteration's length is too much, and a position need not be the very last."""
 
 log = get_logger("agent")
 
@@ -516,8 +517,10 @@ class Agent:
             if leader is None or leader.broken is not None:
                 continue
             try:
-                progress = leader.progress().result(_PROBE_TIMEOUT_S)
-            except (TimeoutError, SpotServeError):  # It waits for a peer that is gone; the holdings are known anyway.
+                progress = leader.progress().result(_PROBE_PATIENCE_S)
+            except TimeoutError:  # In the middle of an iteration, or of waiting for a peer that is gone.
+                progress = leader.last_progress
+            except SpotServeError:
                 continue
             result["positions"] += [choice.model_dump() for choice in progress.positions]
             result["iterations"] += progress.iterations

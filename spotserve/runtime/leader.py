@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ from spotserve.runtime.descriptor import Adopt, Descriptor, Free, Missing, Run, 
 from spotserve.runtime.replica_loop import ReplicaLoop, StageRunner
 
 Result = TypeVar("Result")
+
+_PROGRESS_PERIOD_S = 0.01
 
 
 class ReplicaEndedError(SpotServeError):
@@ -99,6 +102,13 @@ class Leader(ReplicaLoop):
         self._batches: dict[int, MicroBatch] = {}
         self._quiesces: list[Future[QuiesceReport]] = []
         self._is_quiesced = False
+        self._last_progress = Progress()
+        self._told_progress_s = 0.0
+
+    @property
+    def last_progress(self) -> Progress:
+        """Positions and counters of a moment ago: at most the iteration that is under way is not in them."""
+        return self._last_progress
 
     @property
     def is_quiesced(self) -> bool:
@@ -157,6 +167,7 @@ class Leader(ReplicaLoop):
             self._read_mail(wait=False)
             while self._batches and self.place.num_ranks > 1 and self._mesh.poll_control(self.place.sampler):
                 self._collect()
+            self._note_progress()
             batch = self._batcher.schedule()
             self._tell_evictions()
             if batch is not None:
@@ -175,6 +186,7 @@ class Leader(ReplicaLoop):
         self._is_quiesced = self._is_quiesced or bool(self._quiesces)
         self._quiesces.clear()
         self._flush_freed()
+        self._last_progress = self._progress()
         self._read_mail(wait=True)
 
     def _flush_freed(self) -> None:
@@ -360,6 +372,13 @@ class Leader(ReplicaLoop):
             prefilled_tokens=batcher.num_prefilled_tokens,
             evictions=batcher.num_evictions,
         )
+
+    def _note_progress(self) -> None:
+        """For a probe that cannot wait for the iteration's end; not in every one of the short ones."""
+        now_s = time.monotonic()
+        if now_s - self._told_progress_s >= _PROGRESS_PERIOD_S:
+            self._told_progress_s = now_s
+            self._last_progress = self._progress()
 
     # Words
 

@@ -69,6 +69,7 @@ class VirtualRates:
     solve_s: float = 0.05
     iteration_s: float = 0.02
     step_s: float = 0.01
+    commit_s: float = 0.02
     link_bytes_per_s: float = 1e8
     jitter: float = 0.5
 
@@ -486,7 +487,8 @@ class VirtualWorld:
             if request.owner != owner or owner in self.fenced:
                 raise InvariantError(f"{owner} runs {name}, which belongs to {request.owner}")
             for event in self._append(request, owner):
-                self.after(0.0, lambda event=event: event)  # type: ignore[misc]
+                # The ledger's commit lies between a token and what the controller hears of it.
+                self.after(self._spread(self.rates.commit_s), lambda event=event: event)  # type: ignore[misc]
         return None
 
     def _append(self, request: VirtualRequest, owner: Owner) -> list[ev.Event]:

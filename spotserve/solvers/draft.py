@@ -34,7 +34,7 @@ class Draft:
     released_first: bool = False
     """in_place only: old weights and KV go before anything comes (the restart of `reparallelize`)."""
     kv_first: bool = True
-    """in_place only: old KV pools stay until the new ones have their content."""
+    """in_place only: old KV pools stay until the new ones have their content, then make way for weights."""
 
     @property
     def target(self) -> tuple[Replica, ...]:

@@ -278,12 +278,13 @@ class Planner:
         kv = self._kv(layout) if kv_first else {}
         draft = self._draft_in_place(layout, sources=self._sources(doomed=True), kv=kv, kv_first=kv_first)
         free = {gpu: self._free_now(gpu) for gpu in self.view.memory}
-        if not kv_first:
-            for gpu, replica in draft.old_position.items():
-                free[gpu] += pool_bytes(self.catalog, self.problem, replica, gpu)
         for replica in fresh:
             for gpu in replica.gpus:
                 free[gpu] -= pool_bytes(self.catalog, self.problem, replica, gpu)
+        if kv_first and min(free.values()) < 0:
+            return None
+        for gpu, replica in draft.old_position.items():
+            free[gpu] += pool_bytes(self.catalog, self.problem, replica, gpu)
         order = memory_order(self.catalog, draft, memory=free)
         if order is None or min(free.values()) < 0:
             return None

@@ -7,7 +7,7 @@ decided here but dependencies and estimates.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -109,12 +109,8 @@ class StepWriter:
         for route, transfers in self.draft.kv.items():
             for transfer in transfers:
                 self._copy_kv(route, transfer, [*self._reserved_at(transfer.destination), commit])
-        kv_done: dict[GpuId, list[StepId]] = defaultdict(list)
-        for route, transfer, copied in self.copied_kv:
-            delta = self._copy_kv_delta(route, transfer, [copied, self.quiesced[route.from_replica]])
-            kv_done[transfer.destination].append(delta)
-            self.arrivals[transfer.destination].append(delta)
-        self._layers(order, kv_done)
+        before |= self._kv_deltas()
+        self._layers(order, before)
         for replica in self.draft.fresh:
             self._join(replica, [])
         activated = []
@@ -123,14 +119,29 @@ class StepWriter:
             activated.append(self._activate(replica, [commit, self.joined[replica.id], *needs]))
         self._recompute([commit, *activated])
         if order is not None:
-            waits = [commit, *(step for steps in kv_done.values() for step in steps), *activated]
+            waits = self._unreached([step.id for step in self.steps if not isinstance(step, Recompute)])
             for replica in self.draft.affected:
                 for gpu in self._alive(replica):
                     slices = {} if gpu in self.reserved else self._unneeded(gpu)
-                    self._release(replica, gpu, slices, waits, kv=self.draft.kv_first)
+                    self._release(replica, gpu, slices, waits, kv=gpu not in before)
         return tuple(self.steps)
 
-    def _layers(self, order: Sequence[str] | None, kv_done: dict[GpuId, list[StepId]]) -> None:
+    def _kv_deltas(self) -> dict[GpuId, StepId]:
+        """The last blocks of every rectangle; then old pools make way for weights. What a GPU's weights wait for."""
+        readers: dict[GpuId, list[StepId]] = defaultdict(list)
+        for route, transfer, copied in self.copied_kv:
+            delta = self._copy_kv_delta(route, transfer, [copied, self.quiesced[route.from_replica]])
+            self.arrivals[transfer.destination].append(delta)
+            readers[transfer.source].append(delta)
+            readers[transfer.destination].append(delta)
+        return {
+            gpu: self._release(replica, gpu, {}, [self._commit_id(), *dict.fromkeys(readers[gpu])])
+            for replica in self.draft.affected
+            for gpu in self._alive(replica)
+            if self.draft.kv_first and gpu in self.reserved
+        }
+
+    def _layers(self, order: Sequence[str] | None, before: Mapping[GpuId, StepId]) -> None:
         """Weights: all at once after the restart's releases, else one layer after the other, freeing in between."""
         if order is None:
             for group in _by_pair(self.draft.transfers):
@@ -141,7 +152,7 @@ class StepWriter:
             readers: dict[GpuId, list[StepId]] = defaultdict(list)
             for group in _by_pair([t for t in self.draft.transfers if t.layer == layer]):
                 gpu = group[0].destination
-                step = self._fetch(group, [self.reserved[gpu], *kv_done[gpu], *freed[gpu]])
+                step = self._fetch(group, [self.reserved[gpu], *([before[gpu]] if gpu in before else []), *freed[gpu]])
                 if group[0].source is not None:
                     readers[group[0].source].append(step)
             for replica in self.draft.affected:

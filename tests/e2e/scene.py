@@ -16,7 +16,6 @@ from typing import Any
 import httpx2 as httpx
 import psutil
 import pytest
-from _pytest.mark import ParameterSet
 
 from spotserve.core.controller import Entry
 from spotserve.store.journal import EntryJournal, Journal
@@ -251,7 +250,7 @@ def clear(scene: Scene) -> None:
             os.killpg(group, signal.SIGKILL)
 
 
-def rarely(*values: object) -> list[ParameterSet]:
+def rarely(*values: object) -> list[Any]:
     """Cases of a parametrized test that only the long run plays."""
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 

@@ -267,6 +267,22 @@ def test_undurable_tokens_are_said_again(folder: Path, model: ModelSpec, expecte
         assert count == len(replica.runs("a"))
 
 
+def test_progress_is_known_without_waiting_for_an_iteration(folder: Path, model: ModelSpec) -> None:
+    """Tests that the last progress names a running choice, and is exact once the leader rests."""
+    with running(Replica(folder, model, pipeline=1, tensor=1)) as replica:
+        leader = replica.leader
+        result(leader.admit([request("a")]))
+        replica.wait("a", 60)
+        assert [("a", 0)] == [(item.request, item.choice) for item in leader.last_progress.positions]
+        assert 0 < leader.last_progress.iterations
+        replica.wait("a", 120)
+        replica.wait_free(64)
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while leader.last_progress != result(leader.progress()):
+            assert time.monotonic() < deadline_s
+        assert () == leader.last_progress.positions
+
+
 def test_a_lost_rank_is_reported_once_by_each_survivor(folder: Path, model: ModelSpec) -> None:
     """Tests that every rank left says that the replica broke, that asking it afterwards fails, and that KV stays."""
     with running(Replica(folder, model, pipeline=3, tensor=1)) as replica:

@@ -200,3 +200,24 @@ def test_stop_with_nothing_running_stops_at_once() -> None:
     stage.world.at(3.5, lambda at_s: ev.StopRequested(at_s=at_s, drain_s=30.0))
     stage.play(4.0)
     assert stage.service == "stopped"
+
+
+def test_notice_while_the_first_placement_ends() -> None:
+    """Tests that a notice at any moment of the start-up leads to a state of the table and is answered."""
+    for tick in range(40):
+        stage = Stage()
+        stage.requests(2, from_s=4.0, max_tokens=40)
+        stage.notice(1.4 + 0.02 * tick, "i0", grace_s=20.0)
+        stage.play(60.0)
+        check_streams(stage.world)
+        assert stage.service == "serving", tick
+
+
+def test_notice_before_the_instance_has_joined() -> None:
+    """Tests that an instance noticed before it dialled in is doomed when it does, and nothing is placed on it."""
+    stage = Stage()
+    stage.add(3.0)
+    stage.notice(3.001, "i4", grace_s=20.0)
+    stage.play(10.0)
+    assert stage.controller.state.instances[InstanceId("i4")].state == "doomed"
+    assert "i4/0" not in {gpu for replica in stage.controller.state.serving() for gpu in replica.gpus}
