@@ -178,6 +178,10 @@ class Daemon:
         undo.callback(opened.journal.close)
         controller, began_s = _folded(opened.journal, opened.continued)
         if controller.state.spec is not None:
+            if controller.state.spec != spec:
+                log.warning(
+                    "options_ignored", reason="the journal is continued with what it began with", hint="--fresh"
+                )
             spec = controller.state.spec
         ledger = Ledger(state_dir.ledger_path, judge=StopJudge(inputs.codec), on_failure=_die)
         undo.push_async_callback(asyncio.to_thread, ledger.shutdown)
@@ -241,15 +245,17 @@ class Daemon:
             background.append(asyncio.create_task(self._loop()))
             if self.player is not None:
                 background.append(asyncio.create_task(self.player.play()))
-            done, _ = await asyncio.wait([background[3], http], return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
+            await _first_end([http, *background[:4]], background[4:])
         finally:
             http.cancel()
             for task in background:
                 task.cancel()
             await asyncio.gather(http, *background, return_exceptions=True)
             await self._close()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                # A second signal asks for what is happening already; it must not turn the exit code.
+                loop.remove_signal_handler(number)
+                signal.signal(number, signal.SIG_IGN)
         return 0
 
     async def _loop(self) -> None:
@@ -471,6 +477,17 @@ class Daemon:
 
 
 # Parts
+
+
+async def _first_end(vital: Sequence[asyncio.Task[None]], others: Sequence[asyncio.Task[None]]) -> None:
+    """Wait until one of the vital tasks ends, or any task fails: a relay that died unseen would hang every request."""
+    waiting = {*vital, *others}
+    while waiting:
+        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+        if any(task in vital for task in done):
+            return
 
 
 async def _forked_and_measured(

@@ -78,12 +78,16 @@ class LocalCloud:
         """Fork the instance; it dials in when it is up."""
         args = [*self._worker_args, "--instance", instance]
         forked = await asyncio.to_thread(self._launcher.fork, args, log=self.log_path(instance), env=self._env)
-        self.adopt(instance, process_group=forked.pid, started_at=forked.started_at)
+        self._instances.setdefault(instance, LocalInstance(forked.pid, forked.started_at))
         log.info("instance_launched", instance=instance, process_group=forked.pid)
 
     def adopt(self, instance: InstanceId, *, process_group: int, started_at: float) -> None:
-        """Remember the process group of an instance that lives already."""
-        self._instances.setdefault(instance, LocalInstance(process_group, started_at))
+        """The process group that registered is the instance; another one of its name (launched twice) is ended."""
+        registered = LocalInstance(process_group, started_at)
+        known = self._instances.get(instance)
+        self._instances[instance] = registered
+        if known is not None and known.process_group != process_group:
+            signal_group(known, signal.SIGKILL)
 
     def alive(self, instance: InstanceId) -> bool:
         """Whether any process of the instance still runs."""

@@ -35,6 +35,12 @@ class OverMemoryError(SpotServeError):
     code = "SPS-196"
 
 
+class AbortedError(SpotServeError):
+    """The plan that a command belongs to was aborted."""
+
+    code = "SPS-197"
+
+
 @dataclass(slots=True)
 class Position:
     """One stage and rank of one replica generation on this worker."""
@@ -100,6 +106,7 @@ class Holdings:
         self._lock = threading.RLock()
         self._positions: dict[PositionKey, Position] = {}
         self._loose: list[Slice] = []
+        self._aborted_epoch = 0
         self._checkpoint: Checkpoint | None = None
 
     def position(self, replica: ReplicaId, generation: int) -> Position | None:
@@ -147,6 +154,8 @@ class Holdings:
         with self._lock:
             if key in self._positions:
                 return
+            if command.epoch <= self._aborted_epoch:
+                raise AbortedError(f"epoch {command.epoch} was aborted, {self._aborted_epoch} being the last that was")
             slices = shard_slices(model, command.shard)
             self._check_budget(command, slices if command.with_weights else ())
             self.weights.reserve(slices, is_lazy=not command.with_weights)
@@ -267,7 +276,12 @@ class Holdings:
         self._drop_loose()
 
     def abort(self, epoch: int) -> None:
-        """Forget positions prepared for an epoch; their written slices stay as holdings."""
+        """Forget positions prepared for an epoch; their written slices stay as holdings.
+
+        A reserve that comes after it, or is executed after it, is refused: nobody would ever free it.
+        """
+        with self._lock:
+            self._aborted_epoch = max(self._aborted_epoch, epoch)
         for position in self.positions():
             if position.epoch != epoch or position.loop is not None:
                 continue

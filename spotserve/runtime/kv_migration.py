@@ -103,12 +103,21 @@ class IncomingKv:
                 if self._keys.pop(key, None) is not None:
                     self.kv.free(key)
 
-    def make_room(self, num_blocks: int) -> None:
-        """Drop the latest arrivals until so many blocks are free: serving goes before moving in."""
+    def take_blocks(self, needs: Sequence[tuple[SequenceKey, int]]) -> None:
+        """Grow the engine's sequences to these tokens; the latest arrivals go for it, serving comes before moving in.
+
+        All of it under the lock that arrivals take, so that none of them takes the room that was just made.
+
+        Raises:
+            OutOfBlocks: even without arrivals the pool is too small.
+        """
         with self._lock:
-            while self._keys and self.kv.num_free < num_blocks:
+            short = sum(self.kv.blocks_short(key, kv_tokens) for key, kv_tokens in needs)
+            while self._keys and self.kv.num_free < short:
                 key, _ = self._keys.popitem()
                 self.kv.free(key)
+            for key, kv_tokens in needs:
+                self.kv.extend(key, kv_tokens)
 
     def adopt(self, sequences: Iterable[tuple[SequenceKey, int]], *, is_exclusive: bool) -> tuple[SequenceKey, ...]:
         """Hand sequences to the engine; returns those whose KV is not complete, which are freed.

@@ -8,6 +8,7 @@ controller; of them it learns first tokens and ends.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -33,6 +34,8 @@ from spotserve.runtime.switchboard import Connected, Disconnected, Received, Swi
 
 RECONNECT_S = 3.0
 """A worker whose process lives may be out of reach this long before its instance counts as lost."""
+LATE_S = 1.0
+"""A round of the failure detector that is later than this says nothing about the workers."""
 LAUNCH_TIMEOUT_S = 120.0
 PROBE_TIMEOUT_S = 3.0
 WATCH_S = 0.5
@@ -93,6 +96,10 @@ class Outcome(Protocol):
     @property
     def first_tokens(self) -> Sequence[RequestId]:
         """Requests of which this generation's first token became durable."""
+
+    @property
+    def late(self) -> Sequence[tuple[RequestId, int]]:
+        """Choices that were closed before their runs came."""
 
     @property
     def unknown(self) -> Sequence[RequestId]:
@@ -172,6 +179,8 @@ class LiveWorld:
         self._absent_since_s: dict[GpuId, float] = {}
         self._last_token_s: dict[RequestId, float] = {}
         self._to_recompute: dict[RequestId, int] = {}
+        self._serials = itertools.count()
+        self._silent: set[GpuId] = set()
         self._stopping = False
         self.stopped = asyncio.Event()
         self.failure: BaseException | None = None
@@ -283,6 +292,11 @@ class LiveWorld:
             elif all(view.finish_reason is not None for view in content.choices):
                 await self.ledger.end(name, "finished")
                 self._ended(name, "finished")
+        for request in state.requests.values():
+            if request.replica is not None and self._known(request.id):
+                for view in self.ledger.content(request.id).choices:
+                    if view.finish_reason is not None:
+                        self._close_at_leader(request.replica, request.generation, request.id, view.choice)
 
     # Commands out
 
@@ -510,7 +524,9 @@ class LiveWorld:
         owner = self._owner(command.replica, command.generation)
         # The flush inside: what an earlier owner sent before it was fenced is in the content read next.
         await self.ledger.set_owners({a.request: owner for a in known})
-        requests = self.contents(known)
+        # Read again: what ended while the owners were written is not handed out any more.
+        live = self._state().requests
+        requests = self.contents([a for a in known if a.request in live], again=command.again)
         if not requests:
             return
         leader = entry.replica.leader
@@ -526,12 +542,15 @@ class LiveWorld:
             log.warning("admit_refused", replica=command.replica, error=reply.error)
             self._broke(command.replica, command.generation, f"leader refused requests: {reply.error}")
 
-    def contents(self, admissions: Sequence[cmd.Admission]) -> tuple[wire.RequestContent, ...]:
-        """Prompts, durable tokens and the KV to rely on, for requests that are still open."""
-        requests = (self._content(admission) for admission in admissions)
+    def contents(self, admissions: Sequence[cmd.Admission], *, again: bool = False) -> tuple[wire.RequestContent, ...]:
+        """Prompts, durable tokens and the KV to rely on, for requests that are still open.
+
+        `again`: they are only named again after a restart, and count as recomputed no second time.
+        """
+        requests = (self._content(admission, again=again) for admission in admissions)
         return tuple(request for request in requests if request is not None)
 
-    def _content(self, admission: cmd.Admission) -> wire.RequestContent | None:
+    def _content(self, admission: cmd.Admission, *, again: bool) -> wire.RequestContent | None:
         try:
             stored = self.ledger.content(admission.request)
         except KeyError:
@@ -556,7 +575,7 @@ class LiveWorld:
             )
         if not choices or stored.ended is not None:
             return None
-        if recomputed:
+        if recomputed and not again:
             self._to_recompute[admission.request] = recomputed
         return wire.RequestContent(
             request=admission.request,
@@ -593,19 +612,20 @@ class LiveWorld:
 
     async def _end_request(self, command_id: str, command: cmd.EndRequest) -> None:
         if command.replica is not None:
-            self._close_at_leader(command_id, command.replica, command.generation, command.request)
+            self._close_at_leader(command.replica, command.generation, command.request)
         await self.ledger.end(command.request, command.outcome, command.error)
         self._ended(command.request, command.outcome)
 
     def _close_at_leader(
-        self, command_id: str, replica: ReplicaId, generation: int, request: RequestId, choice: int | None = None
+        self, replica: ReplicaId, generation: int, request: RequestId, choice: int | None = None
     ) -> None:
         entry = self._state().replicas.get(replica)
         if entry is None or entry.replica.leader not in self.switchboard.connected():
             return
         close = wire.CloseCommand(
             term=self.term,
-            command=f"{command_id}.close",
+            # Never one that was used: a worker answers a repeated id with its first outcome.
+            command=f"close-{self.term}-{next(self._serials)}",
             replica=replica,
             generation=generation,
             request=request,
@@ -706,16 +726,17 @@ class LiveWorld:
             self.switchboard.send(worker, wire.Resend(term=self.term, positions=tuple(outcome.gaps)))
         for request in outcome.first_tokens:
             self._first_token(request, message, now_s)
+        live = self._state().requests
         for request, _, _ in outcome.durable:
-            self._last_token_s[request] = now_s
+            if request in live:
+                self._last_token_s[request] = now_s
         for closed in outcome.closed:
             if closed.by == "stop_string":
-                name = f"stop:{closed.request}:{closed.choice}:{message.generation}"
-                self._close_at_leader(name, message.replica, message.generation, closed.request, closed.choice)
+                self._close_at_leader(message.replica, message.generation, closed.request, closed.choice)
+        for request, choice in outcome.late:
+            self._close_at_leader(message.replica, message.generation, request, choice)
         for request in outcome.unknown:
-            self._close_at_leader(
-                f"unknown:{request}:{message.generation}", message.replica, message.generation, request
-            )
+            self._close_at_leader(message.replica, message.generation, request)
         for request in outcome.completed:
             await self.ledger.end(request, "finished")
             self._ended(request, "finished")
@@ -738,12 +759,20 @@ class LiveWorld:
     async def watch(self) -> None:
         """Look at every worker twice a second."""
         while True:
+            slept_at_s = time.monotonic()
             await asyncio.sleep(WATCH_S)
-            for worker in tuple(self.switchboard.connected()):
-                silence_s = self.switchboard.silence_s(worker)
-                if silence_s is not None and silence_s > RECONNECT_S:
-                    log.warning("worker_silent", worker=worker, silence_s=round(silence_s, 1))
-                    await self._condemn(instance_of(worker), "silent")
+            late_s = time.monotonic() - slept_at_s - WATCH_S
+            if late_s > LATE_S:
+                # It was this process that stood still: what the workers said meanwhile has not been read yet.
+                log.warning("coordinator_late", late_s=round(late_s, 1))
+                self.switchboard.forgive_silence()
+                self._absent_since_s = dict.fromkeys(self._absent_since_s, time.monotonic())
+                continue
+            silent = self._silent_workers()
+            for worker in sorted(silent & self._silent):
+                log.warning("worker_silent", worker=worker)
+                await self._condemn(instance_of(worker), "silent")
+            self._silent = silent
             for worker in tuple(self._absent_since_s):
                 self._check_absent(worker)
             for instance, launched_s in tuple(self._launched_at_s.items()):
@@ -751,6 +780,11 @@ class LiveWorld:
                     for line in self.cloud.last_lines(instance):
                         log.error("instance_log", instance=instance, line=line)
                     await self._condemn(instance, "did not come up")
+
+    def _silent_workers(self) -> set[GpuId]:
+        """Connected workers whose heartbeats have stopped."""
+        silences = {worker: self.switchboard.silence_s(worker) for worker in self.switchboard.connected()}
+        return {worker for worker, silence_s in silences.items() if silence_s is not None and silence_s > RECONNECT_S}
 
     def _died_at_start(self, instance: InstanceId, launched_s: float) -> bool:
         return time.monotonic() - launched_s > RECONNECT_S and not self.cloud.alive(instance)

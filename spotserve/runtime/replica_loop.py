@@ -91,7 +91,7 @@ class StageRunner:
                 for item in run.items
             )
         )
-        self._make_room(batch)
+        self._incoming.take_blocks([(item.key, item.start + item.count) for item in batch.sequences])
         out = self._model.forward(batch, self._receive_hidden(batch))
         if self.place.stage < self.place.pipeline - 1:
             self.mesh.send_tensor(self.place.mesh_rank + self.place.tensor, out.contiguous())
@@ -110,12 +110,6 @@ class StageRunner:
         for key in keys:
             self._incoming.free(KvKey(*key))
             self._sampling.pop(key, None)
-
-    def _make_room(self, batch: StageBatch) -> None:
-        kv = self._model.kv
-        short = sum(kv.blocks_short(item.key, item.start + item.count) for item in batch.sequences)
-        if short > kv.num_free:
-            self._incoming.make_room(short)
 
     def _receive_hidden(self, batch: StageBatch) -> Tensor | None:
         if self.place.stage == 0:

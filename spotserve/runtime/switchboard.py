@@ -155,6 +155,12 @@ class Switchboard:
             return None
         return time.monotonic() - line.session.heard_at_s
 
+    def forgive_silence(self) -> None:
+        """Begin to count silence anew: this process itself stood still and has not read what was said."""
+        for line in self._lines.values():
+            if line.session is not None:
+                line.session.heard_at_s = time.monotonic()
+
     def send(self, worker: GpuId, message: CoordinatorMessage) -> bool:
         """Send what is not answered. False when the worker is not connected: it is then not sent at all."""
         line = self._lines.get(worker)

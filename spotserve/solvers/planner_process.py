@@ -49,10 +49,15 @@ class PlannerProcess:
         """The plan for a problem. Raises PlannerError."""
         async with self._lock:
             line = await self._exchange(problem.model_dump_json().encode() + b"\n")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise PlannerError(str(answer["error"]["message"]), hint=answer["error"].get("hint"))
-        return Plan.model_validate(answer["plan"])
+            try:
+                answer = json.loads(line)
+                if "error" not in answer:
+                    return Plan.model_validate(answer["plan"])
+            except ValueError as error:
+                # Whatever else it says may be as wrong.
+                await self.close()
+                raise PlannerError(f"planner's answer is not a plan: {str(error).splitlines()[0]}") from error
+        raise PlannerError(str(answer["error"]["message"]), hint=answer["error"].get("hint"))
 
     async def _exchange(self, line: bytes) -> bytes:
         if self._process is None or self._process.returncode is not None:
@@ -66,9 +71,9 @@ class PlannerProcess:
             async with asyncio.timeout(SOLVE_TIMEOUT_S):
                 await process.stdin.drain()
                 answer = await process.stdout.readline()
-        except (TimeoutError, ConnectionError) as error:
+        except (TimeoutError, ConnectionError, ValueError) as error:
             await self.close()
-            raise PlannerError(f"planner did not answer within {SOLVE_TIMEOUT_S:g} s") from error
+            raise PlannerError(f"planner did not answer within {SOLVE_TIMEOUT_S:g} s: {error!r}") from error
         if not answer:
             await self.close()
             raise PlannerError("planner process ended without an answer")

@@ -448,6 +448,7 @@ class Ledger:
             )
         elif choice.staged_reason is not None:
             self.counters.late += 1
+            staged.late.append((run.request, run.choice))
         elif run.position > num_known:
             self.counters.gaps += 1
             staged.gaps.append((run.request, run.choice, num_known))

@@ -48,6 +48,8 @@ class AppendOutcome:
     """Choices of which tokens are missing, with their durable count, for `wire.Resend`."""
     first_tokens: tuple[RequestId, ...] = ()
     """Requests of which this generation's first token became durable."""
+    late: tuple[tuple[RequestId, int], ...] = ()
+    """(request, choice) that had been closed before the runs came: the leader does not know it and may close them."""
     unknown: tuple[RequestId, ...] = ()
     """Requests that the ledger does not hold (any more): the leader may close them."""
     fenced: int = 0
@@ -125,6 +127,7 @@ class StagedChange:
     """The choices that runs of an owner named, changed or not."""
     gaps: list[tuple[RequestId, int, int]] = field(default_factory=list)
     first_tokens: list[RequestId] = field(default_factory=list)
+    late: list[tuple[RequestId, int]] = field(default_factory=list)
     unknown: list[RequestId] = field(default_factory=list)
     fenced: int = 0
 
@@ -137,6 +140,7 @@ class StagedChange:
             durable=tuple((name, index, len(choice.tokens)) for (name, index), (_, choice) in self.named.items()),
             gaps=tuple(self.gaps),
             first_tokens=tuple(self.first_tokens),
+            late=tuple(dict.fromkeys(self.late)),
             unknown=tuple(dict.fromkeys(self.unknown)),
             fenced=self.fenced,
         )

@@ -9,11 +9,12 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from spotserve import app
 from spotserve.cli.main import run_verb
@@ -159,11 +160,13 @@ AFTER_A_LOOK: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 @pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No setting from outside, and no forkserver however a start goes."""
     for variable in [name for name in os.environ if name.startswith("SPOTSERVE_")]:
         monkeypatch.delenv(variable)
     monkeypatch.setattr(app.ForkServer, "start", refuse_process)
+    yield
+    structlog.reset_defaults()  # It was told to write to what captured this test's stderr.
 
 
 def refuse_process(*args: object, **more: object) -> None:

@@ -224,9 +224,8 @@ def test_the_engine_takes_the_room_back() -> None:
     following = follower(peer_of(source), incoming)
     following.start()
     assert following.is_caught_up.wait(10)
-    incoming.make_room(5)
+    incoming.take_blocks([(SequenceKey("own", 0, 0), 80)])
     assert (48, 0) == tuple(incoming.tokens_in(key_of(name), WHOLE) for name in ("a", "b"))
-    target.extend(SequenceKey("own", 0, 0), 80)
     assert [("b", 0)] == following.finish(manifest(("a", 48), ("b", 48)))
     with pytest.raises(OutOfBlocks):
         target.extend(SequenceKey("own", 0, 0), 81)

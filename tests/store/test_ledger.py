@@ -172,6 +172,7 @@ def test_a_stop_string_across_two_runs_closes_the_choice(open_ledger: Callable[.
     assert ((A,), ((A, 0, 3), (B, 0, 5))) == (outcome.completed, outcome.durable)
     assert ((5, 7, 8), (5, 7, 8, 9, 10)) == (tokens(ledger, A), tokens(ledger, B))
     assert ((), 1) == (late.gaps, ledger.counters.late)
+    assert (("a", 0),) == late.late
 
 
 def test_close_and_end(ledger: Ledger) -> None:
