@@ -57,7 +57,7 @@ GPU_MEMORY = "400MiB"
 PINNED = ("--pipeline-parallel-size", "2", "--tensor-parallel-size", "1")
 """One shape for all policies: emulated GPUs share the machine's cores, so the speed-up that a profile expects of a
 larger tensor degree is not there to be had."""
-MAX_NUM_SEQS = "8"
+MAX_NUM_SEQS = "16"
 COPIES_PER_ROUND = 3
 
 

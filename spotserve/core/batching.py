@@ -65,6 +65,8 @@ class Sequence:
     is_running: bool = False
     is_in_flight: bool = False
     is_closing: bool = False
+    has_stood_still: bool = False
+    """Moved here with its KV, and no iteration since: its client has waited long enough."""
 
     @property
     def key(self) -> SequenceKey:
@@ -158,6 +160,7 @@ class Batcher:
         self._sequences[name] = sequence
         if sequence.kv_tokens:
             self._take_over(sequence)
+            sequence.has_stood_still = sequence.is_decoding
         return True
 
     def close(self, request: RequestId, choice: int | None = None) -> list[SequenceKey]:
@@ -190,7 +193,8 @@ class Batcher:
         self._start_waiting()
         items: list[BatchItem] = []
         self._add_decodes(items)
-        self._add_chunks(items)
+        if not self._is_catching_up(items):
+            self._add_chunks(items)
         if not items:
             return None
         batch = MicroBatch(self._next_number, tuple(items))
@@ -210,7 +214,7 @@ class Batcher:
         self.num_iterations += 1
         for item in batch.items:
             sequence = self._of(item.key)
-            sequence.is_in_flight = False
+            sequence.is_in_flight = sequence.has_stood_still = False
             if not sequence.is_decoding:
                 self.num_prefilled_tokens += item.count
             sequence.kv_tokens = item.start + item.count
@@ -323,6 +327,17 @@ class Batcher:
                 continue  # It may have been evicted for an older one a moment ago.
             if self._make_room(sequence):
                 items.append(BatchItem(sequence.key, sequence.kv_tokens, 1, samples=True))
+
+    def _is_catching_up(self, items: list[BatchItem]) -> bool:
+        """Whether a sequence has its first iteration here after a move: no prefill shall make that stall longer.
+
+        Only what is in this micro-batch or out with another counts, so this ends within one iteration.
+        """
+        keys = {item.key for item in items}
+        return any(
+            sequence.has_stood_still and (sequence.is_in_flight or sequence.key in keys)
+            for sequence in self._sequences.values()
+        )
 
     def _add_chunks(self, items: list[BatchItem]) -> None:
         """Prefill chunks with what is left of the budget, ending at a block's end unless they end the prefill."""

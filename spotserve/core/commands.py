@@ -45,6 +45,8 @@ class TakeSnapshot(Frozen):
 
     kind: Literal["take_snapshot"] = "take_snapshot"
     trigger: Trigger
+    drop_loose: bool = False
+    """Workers first forget weights that belong to no position: the last plan did not come about beside them."""
 
 
 class SolvePlan(Frozen):
@@ -64,6 +66,7 @@ class DropPlan(Frozen):
     reason: str
     infeasible: bool = False
     again: bool = False
+    failed: bool = False
 
 
 class BeginRun(Frozen):

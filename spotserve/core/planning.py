@@ -24,7 +24,7 @@ def make_plan(before: ClusterState, state: ClusterState, event: ev.Event) -> Ite
     elif isinstance(event, ev.PlanReady) and _is_awaited(state, event.plan):
         yield from _adopt(state, event.plan)
     elif isinstance(event, ev.PlanFailed) and state.planning is not None:
-        yield cmd.DropPlan(reason=event.error, again=True)
+        yield cmd.DropPlan(reason=event.error, again=True, failed=True)
         yield cmd.SetTimer(timer="replan", at_s=retry_at_s(state))
     elif isinstance(event, ev.PlanSubmitted) and _may_apply(state, event):
         yield from begin(state, event.plan)
@@ -46,7 +46,7 @@ def _may_apply(state: ClusterState, event: ev.PlanSubmitted) -> bool:
 
 
 def _start_planning(state: ClusterState, kind: str) -> Iterator[cmd.Command]:
-    yield cmd.TakeSnapshot(trigger=_trigger(state, kind))
+    yield cmd.TakeSnapshot(trigger=_trigger(state, kind), drop_loose=state.num_plan_failures > 0)
 
 
 def _trigger(state: ClusterState, kind: str) -> Trigger:

@@ -45,6 +45,7 @@ def _begin(state: ClusterState, command: cmd.BeginRun) -> ClusterState:
         "planning": None,
         "trigger": None,
         "retry_at_s": None,
+        "num_plan_failures": 0,
         "next_epoch": max(state.next_epoch, plan.epoch.to + 1),
     }
     state = state.model_copy(update=update)
@@ -185,7 +186,12 @@ def _drop_plan(state: ClusterState, command: cmd.DropPlan) -> ClusterState:
         # The untouched replicas took the requests over: a migration by recompute alone.
         state = _open_migration(state, planning.epoch_to, "lost", mode="live", outcome="completed")
         state = state.model_copy(update={"next_epoch": planning.epoch_to + 1})
-    update: dict[str, object] = {"planning": None, "infeasible": command.infeasible}
+    failures = state.num_plan_failures + 1 if command.failed else 0
+    update: dict[str, object] = {
+        "planning": None,
+        "infeasible": command.infeasible,
+        "num_plan_failures": failures,
+    }
     if not command.again:
         update["trigger"] = None
     elif state.trigger is None and planning is not None:

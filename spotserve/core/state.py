@@ -142,6 +142,7 @@ class ClusterState(Frozen):
     trigger: TriggerKind | None = None
     retry_at_s: float | None = None
     num_retries: int = 0
+    num_plan_failures: int = 0
     infeasible: bool = False
     served: bool = False
     served_at_s: float = 0.0

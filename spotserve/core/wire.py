@@ -370,6 +370,8 @@ class ProbeCommand(Command):
     """
 
     kind: Literal["probe"] = "probe"
+    drop_loose: bool = False
+    """First forget slices that belong to no position."""
 
 
 class Durable(Frozen):

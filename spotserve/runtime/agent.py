@@ -306,7 +306,7 @@ class Agent:
             case AbortCommand():
                 return self._abort(command)
             case ProbeCommand():
-                return self._probe()
+                return self._probe(command)
             case QuiesceCommand():
                 return self._leader(command).quiesce()
             case ResumeCommand():
@@ -496,8 +496,10 @@ class Agent:
             return {}
         return leader.close(command.request, command.choice)
 
-    def _probe(self) -> dict[str, Any]:
+    def _probe(self, command: ProbeCommand) -> dict[str, Any]:
         held = self._held()
+        if command.drop_loose:
+            held.drop_loose()
         positions = held.positions()
         retired = [piece for position in positions if position.is_retired for piece in position.slices]
         result: dict[str, Any] = {

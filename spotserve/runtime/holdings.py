@@ -273,7 +273,7 @@ class Holdings:
             self._loosen(position)
             return
         self.weights.release(position.slices)
-        self._drop_loose()
+        self.drop_loose()
 
     def abort(self, epoch: int) -> None:
         """Forget positions prepared for an epoch; their written slices stay as holdings.
@@ -302,7 +302,8 @@ class Holdings:
         with self._lock:
             return self._positions.pop((replica, generation), None)
 
-    def _drop_loose(self) -> None:
+    def drop_loose(self) -> None:
+        """Forget the slices that belong to no position."""
         with self._lock:
             self.weights.release(self._loose)
             self._loose = []
@@ -314,7 +315,7 @@ class Holdings:
             pools += self._pool_bytes(command)
         held = [piece for position in self._positions.values() for piece in position.slices]
         if pools + self.union_bytes([*held, *slices, *self._loose]) > self._memory_bytes and self._loose:
-            self._drop_loose()
+            self.drop_loose()
         needed = pools + self.union_bytes([*held, *slices])
         if needed > self._memory_bytes:
             raise OverMemoryError(f"over_memory: {needed} bytes needed, the budget is {self._memory_bytes}")

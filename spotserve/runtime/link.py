@@ -146,7 +146,9 @@ class Link:
     def _run(self) -> None:
         pause_s = _FIRST_REDIAL_S
         while not self._stopping.is_set():
-            if self._converse_once():
+            dialled_at_s = time.monotonic()
+            if self._converse_once() and time.monotonic() - dialled_at_s > _LAST_REDIAL_S:
+                # A stream that breaks at once, again and again, is not worth a quick redial.
                 pause_s = _FIRST_REDIAL_S
             if self._stopping.is_set():
                 return

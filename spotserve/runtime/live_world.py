@@ -365,7 +365,9 @@ class LiveWorld:
 
     async def _take_snapshot(self, command_id: str, command: cmd.TakeSnapshot) -> None:
         workers = tuple(self.switchboard.connected())
-        replies = await asyncio.gather(*(self._probe(command_id, worker) for worker in workers))
+        replies = await asyncio.gather(
+            *(self._probe(command_id, worker, drop_loose=command.drop_loose) for worker in workers)
+        )
         holdings: list[Holding] = []
         positions: list[wire.ChoicePosition] = []
         for worker, result in zip(workers, replies, strict=True):
@@ -379,8 +381,8 @@ class LiveWorld:
             ev.SnapshotTaken(at_s=self.at_s(), command=command_id, holdings=tuple(holdings), positions=tuple(positions))
         )
 
-    async def _probe(self, command_id: str, worker: GpuId) -> dict[str, Any] | None:
-        probe = wire.ProbeCommand(term=self.term, command=f"{command_id}@{worker}")
+    async def _probe(self, command_id: str, worker: GpuId, *, drop_loose: bool = False) -> dict[str, Any] | None:
+        probe = wire.ProbeCommand(term=self.term, command=f"{command_id}@{worker}", drop_loose=drop_loose)
         try:
             async with asyncio.timeout(PROBE_TIMEOUT_S):
                 reply = await self.switchboard.command(worker, probe)
@@ -677,7 +679,11 @@ class LiveWorld:
     def _connected(self, register: wire.Register) -> None:
         self._absent_since_s.pop(register.worker, None)
         self.cloud.adopt(register.instance, process_group=register.process_group, started_at=register.started_at)
-        self._launched_at_s.pop(register.instance, None)
+        siblings = [worker for worker in self.switchboard.connected() if instance_of(worker) == register.instance]
+        if len(siblings) == register.num_gpus:
+            self._launched_at_s.pop(register.instance, None)
+        if register.worker in self._gpus_of(register.instance):
+            return  # It dialled again; the journal knows it.
         self.emit(
             ev.WorkerRegistered(
                 at_s=self.at_s(),

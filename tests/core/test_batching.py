@@ -222,6 +222,25 @@ def test_a_moved_sequence_goes_on_without_prefill() -> None:
     assert 0 == batcher.num_prefilled_tokens
 
 
+def test_no_prefill_lengthens_the_first_iteration_after_a_move() -> None:
+    """Tests that moved sequences decode once by themselves, in all micro-batches, and that prefill then goes on."""
+    batcher = Batcher(BatchLimits(num_blocks=64, max_running=4, max_in_flight=2, token_budget=48))
+    for index in range(2):
+        moved = sequence(index)
+        moved.num_tokens, moved.kv_tokens, moved.durable_tokens = 3, 22, 3
+        batcher.admit(moved)
+    batcher.admit(sequence(2))
+    first = batcher.schedule()
+    second = batcher.schedule()
+    assert first is not None
+    assert {"q0", "q1"} == {*keys_of(first), *keys_of(second)}
+    assert all(item.count == 1 for item in first.items)
+    batcher.commit(first.number)
+    if second is not None:
+        batcher.commit(second.number)
+    assert "q2" in [*keys_of(batcher.schedule()), *keys_of(batcher.schedule())]
+
+
 def test_moved_sequences_beyond_max_running_wait_with_their_kv() -> None:
     """Tests that KV that moved in is kept while its sequence waits for a running place."""
     limits = BatchLimits(num_blocks=64, max_running=1, token_budget=48)

@@ -313,6 +313,24 @@ def test_release_before_read() -> None:
     assert "wrong_order" in codes(data)
 
 
+def test_kv_freed_before_read() -> None:
+    """Tests that a KV pool cannot be freed while a step may still copy from it."""
+    data = raw(layered_plan())
+    deltas = {one["id"] for one in data["steps"] if one["kind"] == "copy_kv_delta"}
+    for one in data["steps"]:
+        if one["kind"] == "release" and one["kv"]:
+            one["depends_on"] = [name for name in one["depends_on"] if name not in deltas]
+    assert {"wrong_order"} == codes(data)
+
+
+@pytest.mark.parametrize("kind", ["copy_kv", "copy_kv_delta"])
+def test_last_blocks_in_place(kind: str) -> None:
+    """Tests that an in_place plan too brings the blocks that are not full, and with them what it followed."""
+    data = raw(layered_plan())
+    drop(data, step(data, kind))
+    assert "missing_step" in codes(data)
+
+
 def test_needed_weights_freed() -> None:
     """Tests that a release of what the new position needs leaves a hole."""
     data = raw(spare_plan())

@@ -65,3 +65,22 @@ def test_default_cluster_shrinks_live(tmp_path: Path, daemon_environment: dict[s
         daemon.admin("add-instance")
         assert expected[0] == stream.wait()
         daemon.wait_state("serving")
+
+
+def test_kill_after_an_in_place_plan(tmp_path: Path, daemon_environment: dict[str, str]) -> None:
+    """Tests that what an in-place plan and a lost replica leave on the GPUs does not stand in the next plan's way."""
+    shape = ("-dp", "1", "-pp", "2", "-tp", "2")
+    with running(tmp_path / "state", *shape, env=daemon_environment) as daemon:
+        expected = references(daemon, 120)
+        streams = [daemon.stream(prompt, max_tokens=120) for prompt in PROMPTS]
+        for stream in streams:
+            stream.wait_tokens(10)
+        daemon.admin("notice", instance="i0", grace_s=20)
+        assert expected == [stream.wait() for stream in streams]
+        assert daemon.status()["migrations"][-1]["mode"] == "in_place"
+        streams = [daemon.stream(prompt, max_tokens=120) for prompt in PROMPTS]
+        for stream in streams:
+            stream.wait_tokens(10)
+        daemon.admin("kill", instance=daemon.status()["replicas"][0]["stages"][0]["gpus"][0].split("/")[0])
+        assert expected == [stream.wait() for stream in streams]
+        daemon.wait_state("serving")

@@ -116,3 +116,58 @@ def test_what_is_not_one_run_of_memory_lands_elsewhere(model: ModelSpec) -> None
     assert weights.landing_place(piece(0, 32)) is None
     assert weights.landing_place(piece(32, 96)) is None
     assert weights.landing_place(piece(0, 64)) is not None
+
+
+def test_a_lazy_slice_takes_memory_when_it_is_written(model: ModelSpec, folder: Path) -> None:
+    """Tests that a lazy slice costs nothing until bytes come, counts what others hold, and then has all of it."""
+    weights, checkpoint = WeightStore(model), Checkpoint(folder, model)
+    weights.reserve([piece(0, 64)])
+    weights.write_range(DOWN, 1, 0, 64, checkpoint.read(piece(0, 64)))
+    before = weights.held_bytes
+    weights.reserve([piece(32, 112)], is_lazy=True)
+    assert (before, (piece(64, 112),)) == (weights.held_bytes, weights.missing([piece(32, 112)]))
+    weights.write_range(DOWN, 1, 64, 112, checkpoint.read(piece(64, 112)))
+    assert torch.equal(checkpoint.read(piece(32, 112)), weights.tensor(piece(32, 112)))
+
+
+def test_what_goes_is_taken_over(model: ModelSpec, folder: Path) -> None:
+    """Tests that a slice that goes leaves its content to lazy slices that counted on it."""
+    weights, checkpoint = WeightStore(model), Checkpoint(folder, model)
+    weights.reserve([piece(0, 64)])
+    weights.write_range(DOWN, 1, 0, 64, checkpoint.read(piece(0, 64)))
+    weights.reserve([piece(32, 112)], is_lazy=True)
+    weights.release([piece(0, 64)])
+    assert (piece(64, 112),) == weights.missing([piece(32, 112)])
+    assert torch.equal(checkpoint.read(piece(32, 64)), weights.read_range(DOWN, 1, 32, 64))
+
+
+@pytest.mark.parametrize("is_reserved", [False, True], ids=["before-reserve", "after-reserve"])
+def test_a_part_is_given_up(model: ModelSpec, folder: Path, is_reserved: bool) -> None:
+    """Tests that ranges go out of the middle of a slice, and what is left can be read whoever comes first."""
+    weights, checkpoint = WeightStore(model), Checkpoint(folder, model)
+    weights.reserve([piece(0, 112)])
+    weights.write_range(DOWN, 1, 0, 112, checkpoint.read(piece(0, 112)))
+    if is_reserved:
+        weights.reserve([piece(64, 112)], is_lazy=True)
+    left = weights.give_up([piece(0, 112)], [piece(16, 64)])
+    assert (piece(0, 16), piece(64, 112)) == left
+    assert (piece(0, 16), piece(64, 112)) == weights.holdings()
+    assert torch.equal(checkpoint.read(piece(64, 112)), weights.read_range(DOWN, 1, 64, 112))
+    assert left == weights.give_up(left, [piece(16, 64)])
+    assert slices_bytes(model, left) == weights.held_bytes
+    if is_reserved:
+        assert (piece(0, 16),) == weights.release_doubled(left)
+        assert torch.equal(checkpoint.read(piece(64, 112)), weights.tensor(piece(64, 112)))
+
+
+def test_only_what_others_have_is_doubled(model: ModelSpec, folder: Path) -> None:
+    """Tests that a slice is let go of when another one has all its content, and not before."""
+    weights, checkpoint = WeightStore(model), Checkpoint(folder, model)
+    weights.reserve([piece(0, 64)])
+    weights.write_range(DOWN, 1, 0, 64, checkpoint.read(piece(0, 64)))
+    weights.reserve([piece(0, 112)], is_lazy=True)
+    assert (piece(0, 64),) == weights.release_doubled([piece(0, 64)])
+    weights.write_range(DOWN, 1, 64, 112, checkpoint.read(piece(64, 112)))
+    assert () == weights.release_doubled([piece(0, 64)])
+    assert (piece(0, 112),) == weights.taken()
+    assert torch.equal(checkpoint.read(piece(0, 112)), weights.tensor(piece(0, 112)))

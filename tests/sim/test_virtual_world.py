@@ -32,15 +32,22 @@ class Stage:
     """A virtual world with its controller, ready to play a scenario."""
 
     def __init__(
-        self, *, seed: int = 1, num_instances: int = 4, policy: str = "live", shares: tuple[float, float] = (0.0, 0.0)
+        self,
+        *,
+        seed: int = 1,
+        num_instances: int = 4,
+        policy: str = "live",
+        shares: tuple[float, float] = (0.0, 0.0),
+        gpu_memory_bytes: int = GPU_MEMORY_BYTES,
+        limits: dict[str, int] | None = None,
     ) -> None:
-        self.spec = small_spec().model_copy(update={"policy": policy})
+        self.spec = small_spec(**(limits or {})).model_copy(update={"policy": policy})
         duplicate_share, failure_share = shares
         self.world = VirtualWorld(
             self.spec,
             make_plan,
             seed=seed,
-            gpu_memory_bytes=GPU_MEMORY_BYTES,
+            gpu_memory_bytes=gpu_memory_bytes,
             duplicate_share=duplicate_share,
             failure_share=failure_share,
         )

@@ -14,7 +14,7 @@ import pytest
 from spotserve.core.canonical import canonical_json
 from spotserve.core.check import check_plan
 from spotserve.core.cost import replica_shards
-from spotserve.core.plan import CopyKv, CopyWeights, LoadWeights, Plan, Quiesce, Trigger
+from spotserve.core.plan import CopyKv, CopyKvDelta, CopyWeights, LoadWeights, Plan, Quiesce, Release, Trigger
 from spotserve.core.slices import shard_bytes
 from spotserve.errors import SpecError
 from spotserve.solvers.planner import answer, make_plan, serve
@@ -213,11 +213,11 @@ def test_reparallelize_restarts_everything() -> None:
     assert () == check_plan(plan)
 
 
-def reshaped_within(memory_bytes: int, *, migrate: str) -> Plan:
+def reshaped_within(memory_bytes: int, *, migrate: str = "layered", kv_blocks: int = 5) -> Plan:
     """A plan that turns two stages into two tensor ranks on the same two GPUs of so much memory."""
     spec = tiny_spec(solvers={"migrate": migrate}, max_model_len=64, pipeline=1, tensor=2)
     problem = running_problem(
-        spec, shape=(1, 2, 1), memory_bytes=MIB, trigger=Trigger(kind="load"), kv_blocks=5, requests_each=1
+        spec, shape=(1, 2, 1), memory_bytes=MIB, trigger=Trigger(kind="load"), kv_blocks=kv_blocks, requests_each=1
     )
     return make_plan(with_memory(problem, memory_bytes))
 
@@ -239,17 +239,34 @@ def test_short_memory_restarts() -> None:
 
 def test_layers_move_one_by_one_with_their_kv() -> None:
     """Tests Algorithm 2 where both KV pools fit: KV first, then weights with releases between, all after the commit."""
-    plan = reshaped_within(1600 * KIB, migrate="layered")
+    plan = reshaped_within(1600 * KIB)
     order = kinds(plan)
     assert ("in_place", ["move"], ["quiesce", "commit"]) == (plan.mode, actions(plan), order[:2])
-    assert order.index("copy_weights") > max(index for index, kind in enumerate(order) if kind == "copy_kv")
+    assert order.index("copy_weights") > max(index for index, kind in enumerate(order) if kind == "copy_kv_delta")
+    weights = [step for step in plan.steps if isinstance(step, Release) and not step.kv and step.slices]
     assert order.index("release") < max(index for index, kind in enumerate(order) if kind == "copy_weights")
+    assert weights
+    assert () == check_plan(plan)
+
+
+def test_old_pools_make_way_for_weights() -> None:
+    """Tests that an old KV pool goes once all that read it have, before the weights that need its room come."""
+    plan = reshaped_within(1300 * KIB)
+    pools = [step for step in plan.steps if isinstance(step, Release) and step.kv]
+    assert ("in_place", ["move"], 2) == (plan.mode, actions(plan), len(pools))
+    for pool in pools:
+        (gpu,) = pool.workers
+        readers = {s.id for s in plan.steps if isinstance(s, CopyKvDelta) and gpu in (s.source, s.destination)}
+        assert readers <= set(pool.depends_on)
+        arrivals = [s for s in plan.steps if isinstance(s, CopyWeights) and s.destination == gpu]
+        assert all(pool.id in step.depends_on for step in arrivals)
+        assert arrivals
     assert () == check_plan(plan)
 
 
 def test_layers_move_one_by_one_without_kv() -> None:
     """Tests Algorithm 2 where only one KV pool fits: the old one goes first and the requests are computed again."""
-    plan = reshaped_within(1400 * KIB, migrate="layered")
+    plan = reshaped_within(1300 * KIB, kv_blocks=10)
     assert ("in_place", ["recompute"]) == (plan.mode, actions(plan))
     assert ["quiesce", "commit", "release", "release", "reserve", "reserve"] == kinds(plan)[:6]
     assert "copy_kv" not in kinds(plan)
