@@ -172,13 +172,31 @@ def check_releases(facts: Facts) -> Iterator[Finding]:
             for start, stop in _shared(minus(runs, again), needed.get(key, [])):
                 message = f"{gpu} frees {key[0]} [{start}, {stop}), which its new position needs"
                 yield Finding(code="coverage_hole", step=step.id, path=path, message=message)
-        for kv_reader in kv_readers[gpu, step.replica] if step.kv else []:
-            yield from _read_first(facts, step, kv_reader, path)
+        for kv_reader in kv_readers[gpu, step.replica]:
+            if step.kv:
+                yield from _read_first(facts, step, kv_reader, path)
+            elif step.keep_blocks is not None and not facts.follows(kv_reader, step):
+                message = f"{kv_reader.id} does not wait until the pool that it reads has shrunk"
+                yield Finding(code="wrong_order", step=kv_reader.id, path=path, message=message)
+        yield from _kept_pool(facts, step, path)
         for reader in readers[gpu]:
             wanted: Cells = {}
             add(wanted, reader.slices)
             if any(_shared(runs, wanted.get(key, [])) for key, runs in freed.items()):
                 yield from _read_first(facts, step, reader, path)
+
+
+def _kept_pool(facts: Facts, release: Release, path: str) -> Iterator[Finding]:
+    """A pool that shrinks keeps what moves, and does so only where nobody decodes with it any more."""
+    if release.keep_blocks is None:
+        return
+    if facts.plan.mode == "live" or release.kv:
+        message = "a pool shrinks only in in_place mode, and not when it goes"
+        yield Finding(code="wrong_order", step=release.id, path=path, message=message)
+    tokens, _ = facts.moving_tokens(release.replica)
+    if release.keep_blocks * facts.plan.spec.limits.kv_block_tokens < tokens:
+        message = f"{release.keep_blocks} blocks are kept of {release.replica}, {tokens} tokens of it move"
+        yield Finding(code="coverage_hole", step=release.id, path=path, message=message)
 
 
 def _read_first(
@@ -368,7 +386,8 @@ def _position_bytes(facts: Facts, seat: Seat) -> int:
 
 def _peak(facts: Facts) -> Iterator[Finding]:
     """Follow the steps in order; every GPU must stay within its memory after each of them."""
-    used = {gpu: facts.cells_bytes(facts.held.get(gpu, {})) + _old_pool(facts, gpu) for gpu in facts.living}
+    pools = {gpu: _old_pool(facts, gpu) for gpu in facts.living}
+    used = {gpu: facts.cells_bytes(facts.held.get(gpu, {})) + pools[gpu] for gpu in facts.living}
     told: set[GpuId] = set()
     for step in facts.in_order:
         gpu: GpuId | None = None
@@ -379,12 +398,26 @@ def _peak(facts: Facts) -> Iterator[Finding]:
             gpu = step.destination if isinstance(step, CopyWeights) else step.workers[0]
             used[gpu] = used.get(gpu, 0) + step.bytes
         elif isinstance(step, Release):
-            pool = _old_pool(facts, step.workers[0]) if step.kv else 0
-            used[step.workers[0]] = used.get(step.workers[0], 0) - pool - _slices_bytes(facts, step.slices)
+            pool = pools.get(step.workers[0], 0)
+            left = min(pool, _pool_left(facts, step))
+            pools[step.workers[0]] = left
+            used[step.workers[0]] = used.get(step.workers[0], 0) - (pool - left) - _slices_bytes(facts, step.slices)
         if gpu is not None and gpu not in told:
             findings = list(_within(facts, gpu, used[gpu], step.id, "weights and KV pools at this step"))
             told.update([gpu] if findings else [])
             yield from findings
+
+
+def _pool_left(facts: Facts, release: Release) -> int:
+    """What a release leaves of the old KV pool."""
+    gpu = release.workers[0]
+    if release.kv or gpu not in facts.old_seat:
+        return 0
+    seat = facts.old_seat[gpu]
+    replica = facts.leaving[seat.replica]
+    if release.keep_blocks is None:
+        return facts.pool_bytes(replica, seat)
+    return facts.pool_bytes(replica.model_copy(update={"kv_blocks": release.keep_blocks}), seat)
 
 
 def _slices_bytes(facts: Facts, slices: tuple[Slice, ...]) -> int:

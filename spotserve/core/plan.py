@@ -176,7 +176,8 @@ class Release(StepBase):
     """A worker frees what the old generation of `replica` held and the new layout does not need.
 
     `slices` are the weights to free; `kv` says that the generation's KV pool is freed with them (in_place plans also
-    release weights layer by layer, the pool once).
+    release weights layer by layer, the pool once). With `keep_blocks` (in_place, behind the commit) the pool shrinks
+    to so many blocks, into which what its requests have moves together.
     """
 
     kind: Literal["release"] = "release"
@@ -185,6 +186,7 @@ class Release(StepBase):
     generation: int
     slices: tuple[Slice, ...] = ()
     kv: bool = True
+    keep_blocks: int | None = Field(default=None, ge=0)
     bytes: int = Field(default=0, ge=0)
 
 

@@ -322,8 +322,9 @@ class ReleaseCommand(Command):
     """Free a generation's position: its KV pool, and weights that no other generation shares. Result: {}.
 
     With `keep_weights` (the replica was lost) the weights stay as loose holdings that the next plan may copy from.
-    With `slices` (in_place) only these ranges of its weights and, with `kv`, its KV pool: what is left can be copied
-    from until a release without `slices` ends the position. Unknown generation: nothing to do, ok.
+    With `slices` (in_place) only these ranges of its weights and, with `kv`, its KV pool (or all of it but
+    `keep_blocks` blocks): what is left can be copied from until a release without `slices` ends the position. Unknown
+    generation: nothing to do, ok.
     """
 
     kind: Literal["release"] = "release"
@@ -332,6 +333,7 @@ class ReleaseCommand(Command):
     keep_weights: bool = False
     slices: tuple[Slice, ...] | None = None
     kv: bool = True
+    keep_blocks: int | None = None
 
 
 class AbortCommand(Command):

@@ -478,7 +478,8 @@ class Agent:
         if command.slices is None:
             self._holdings.release(command.replica, command.generation, keep_weights=command.keep_weights)
         else:
-            self._holdings.release_part(command.replica, command.generation, command.slices, kv=command.kv)
+            keep_blocks = 0 if command.kv else command.keep_blocks
+            self._holdings.release_part(command.replica, command.generation, command.slices, keep_blocks=keep_blocks)
         return {}
 
     def _abort(self, command: AbortCommand) -> dict[str, Any]:

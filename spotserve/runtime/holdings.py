@@ -246,16 +246,22 @@ class Holdings:
         """Whether all weights of the position are written."""
         return not position.is_retired and not self.weights.missing(position.slices)
 
-    def release_part(self, replica: ReplicaId, generation: int, slices: Sequence[Slice], *, kv: bool) -> None:
-        """Free these ranges of a position that has been left, and with `kv` its pool; the rest can be copied from."""
+    def release_part(
+        self, replica: ReplicaId, generation: int, slices: Sequence[Slice], *, keep_blocks: int | None
+    ) -> None:
+        """Free these ranges of a position that has been left, and its pool but for `keep_blocks` blocks (None: nothing
+        of it); the rest can be copied from.
+        """
         position = self.position(replica, generation)
         if position is None:
             return
         _retire(position)
         with self._lock:
-            if kv:
+            if keep_blocks == 0:  # Not emptied: a newer generation may have taken the pool over.
                 position.incoming = self._new_pool(position.shard, 0)
                 position.kv = position.incoming.kv
+            elif keep_blocks is not None:
+                position.kv.shrink(keep_blocks)
             position.slices = self.weights.give_up(position.slices, slices)
             self._loose = list(self.weights.give_up(self._loose, slices))
         self.trim()

@@ -8,10 +8,12 @@ block that is being exported is pinned, so freeing its sequence meanwhile cannot
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -63,10 +65,8 @@ class KvStore:
         self.kv_heads = kv_heads
         self.head_dim = head_dim
         self.dtype = dtype
-        self._pool = torch.zeros(
-            (layers[1] - layers[0], 2, kv_heads[1] - kv_heads[0], num_blocks, KV_BLOCK_TOKENS, head_dim),
-            dtype=dtype,
-            device=device,
+        self._pool = _zeros(
+            (layers[1] - layers[0], 2, kv_heads[1] - kv_heads[0], num_blocks, KV_BLOCK_TOKENS, head_dim), dtype, device
         )
         self._lock = threading.Lock()
         self._free = list(range(num_blocks - 1, -1, -1))
@@ -134,6 +134,32 @@ class KvStore:
                     self._orphans.add(block)
                 else:
                     self._free.append(block)
+
+    def shrink(self, num_blocks: int) -> None:
+        """Keep so many blocks, and the longest sequences that fit in them; for a pool that nobody decodes with.
+
+        Through host memory: the device never holds both.
+        """
+        with self._lock:
+            if num_blocks >= self.num_blocks:
+                return
+            if self._pins:
+                raise InvariantError(f"{len(self._pins)} blocks of a pool that shrinks are being exported")
+            kept: dict[SequenceKey, _Sequence] = {}
+            used: list[int] = []
+            for key, sequence in sorted(self._sequences.items(), key=lambda item: (-item[1].kv_tokens, item[0])):
+                written = sequence.blocks[: -(-sequence.kv_tokens // KV_BLOCK_TOKENS)]
+                if len(used) + len(written) <= num_blocks:
+                    kept[key] = _Sequence(list(range(len(used), len(used) + len(written))), sequence.kv_tokens)
+                    used += written
+            content = self._pool[:, :, :, used].cpu()
+            shape, device = self._pool.shape, self._pool.device
+            self._pool = torch.zeros(0, dtype=self.dtype)
+            self._pool = torch.zeros((*shape[:3], num_blocks, *shape[4:]), dtype=self.dtype, device=device)
+            self._pool[:, :, :, : len(used)] = content.to(device)
+            self.num_blocks = num_blocks
+            self._sequences = kept
+            self._free = list(range(num_blocks - 1, len(used) - 1, -1))
 
     def table(self, key: SequenceKey) -> tuple[int, ...]:
         """The block ids of a sequence, in token order."""
@@ -233,3 +259,11 @@ def slots_of(table: Sequence[int], start: int, stop: int) -> list[int]:
         table[position // KV_BLOCK_TOKENS] * KV_BLOCK_TOKENS + position % KV_BLOCK_TOKENS
         for position in range(start, stop)
     ]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """A zeroed pool. On a CPU of pages that the system zeroes when they are first used: a reserve is then no wait."""
+    count = prod(shape)
+    if device != "cpu" or count == 0:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype, count=count).view(shape)

@@ -225,6 +225,7 @@ class StepExecutor:
             generation=step.generation,
             slices=None if _is_last(self._plan(epoch), step) else step.slices,
             kv=step.kv,
+            keep_blocks=step.keep_blocks,
         )
         return await self._ask(step.workers[0], release)
 

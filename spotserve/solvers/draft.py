@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from spotserve.core.cost import decode_ms, sequence_blocks
 from spotserve.core.ids import GpuId, ReplicaId
@@ -14,6 +14,9 @@ from spotserve.core.snapshot import Replica, RequestProgress
 from spotserve.solvers.migrate import KvTransfer, Transfer
 from spotserve.solvers.ranges import Catalog, Ranges, Rectangle, shard_at
 from spotserve.solvers.view import View, kv_tokens, natural_key, requests_of
+
+GROWTH_BLOCKS = 3
+"""KV blocks that a choice may begin or go on filling between a snapshot and the stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +35,10 @@ class Draft:
     kv: Mapping[Route, tuple[KvTransfer, ...]]
     held: Mapping[GpuId, Ranges]
     released_first: bool = False
-    """in_place only: old weights and KV go before anything comes (the restart of `reparallelize`)."""
-    kv_first: bool = True
-    """in_place only: old KV pools stay until the new ones have their content, then make way for weights."""
+    """in_place only: old weights go before anything comes (the restart of `reparallelize`)."""
+    kept_blocks: Mapping[ReplicaId, int] = field(default_factory=dict)
+    """in_place only: blocks to which an old KV pool shrinks and that stay until the new pools have their content; the
+    pools of replicas that are not named here go before anything comes."""
 
     @property
     def target(self) -> tuple[Replica, ...]:
@@ -70,6 +74,20 @@ def pool_bytes(catalog: Catalog, problem: PlanningProblem, replica: Replica, gpu
     """Bytes of a GPU's KV pool in a replica."""
     shard = shard_at(catalog.model, replica, replica.gpus.index(gpu))
     return replica.kv_blocks * kv_block_bytes(catalog.model, shard, block_tokens=problem.spec.limits.kv_block_tokens)
+
+
+def used_blocks(problem: PlanningProblem, replica: Replica) -> int:
+    """Blocks of a KV pool that its requests will have filled when they stop: as of now, and a margin.
+
+    What is more than this by then is computed again.
+    """
+    block_tokens = problem.spec.limits.kv_block_tokens
+    blocks = 0
+    for request in requests_of(problem, replica.id):
+        for choice in request.choices or (None,):
+            tokens = 0 if choice is None else choice.kv_tokens
+            blocks += max(tokens, request.prompt_tokens) // block_tokens + GROWTH_BLOCKS
+    return min(replica.kv_blocks, blocks + blocks // 4)
 
 
 def inherited_pool(catalog: Catalog, problem: PlanningProblem, gpu: GpuId, shard: Shard) -> Replica | None:

@@ -53,6 +53,7 @@ from spotserve.solvers.draft import (
     inherited_pool,
     pool_bytes,
     route_requests,
+    used_blocks,
 )
 from spotserve.solvers.migrate import KvTransfer, Transfer, choose_sources, cut_pieces, kv_transfers
 from spotserve.solvers.place import PlacementProblem, place
@@ -259,37 +260,58 @@ class Planner:
         layout = self._lay_out(shape, data - len(untouched), untouched, mode="in_place")
         assert layout is not None, "a tabulated candidate fits an empty GPU"
         if self.policy not in RESTART_POLICIES and self.solvers["migrate"] == "layered":
-            for kv_first in (True, False):
-                if (plan := self._layered(layout, kv_first=kv_first)) is not None and self._in_time(plan):
+            for keeps_kv in (True, False):
+                if (plan := self._layered(layout, keeps_kv=keeps_kv)) is not None and self._in_time(plan):
                     return plan
         sources = [gpu for replica in layout.untouched for gpu in replica.gpus]
         draft = self._draft_in_place(layout, sources=self._allowed(sources), kv={}, released_first=True)
         steps = StepWriter(draft, self.catalog, self._window(draft)).write_in_place(None)
         return self._finish(draft, steps, "tokens_only")
 
-    def _layered(self, layout: Layout, *, kv_first: bool) -> Plan | None:
-        """Algorithm 2, with or without the old KV pools kept until their content has moved."""
-        fresh = layout.fresh
-        if kv_first:
-            fresh = tuple(self._sized(replica, room=self._beside_all) for replica in fresh)
-            if any(replica.kv_blocks < least_kv_blocks(self.problem.spec.limits) for replica in fresh):
-                return None
-        layout = replace(layout, fresh=fresh)
-        kv = self._kv(layout) if kv_first else {}
-        draft = self._draft_in_place(layout, sources=self._sources(doomed=True), kv=kv, kv_first=kv_first)
+    def _layered(self, layout: Layout, *, keeps_kv: bool) -> Plan | None:
+        """Algorithm 2; with `keeps_kv` old KV pools shrink to their content, which moves before any weight does."""
+        limits = self.problem.spec.limits
+        kept = {r.id: used_blocks(self.problem, r) for r in layout.affected if keeps_kv and r not in self.view.lost}
+        fresh = tuple(self._sized(r, room=self._room_beside(layout.affected, kept)) for r in layout.fresh)
+        while all(replica.kv_blocks >= least_kv_blocks(limits) for replica in fresh):
+            sized = replace(layout, fresh=fresh)
+            kv = self._kv(sized) if keeps_kv else {}
+            draft = self._draft_in_place(sized, sources=self._sources(doomed=True), kv=kv, kept_blocks=kept)
+            order = memory_order(self.catalog, draft, memory=self._free_of_pools(draft))
+            if order is not None:
+                steps = StepWriter(draft, self.catalog, self._window(draft)).write_in_place(order)
+                return self._finish(draft, steps, "all_kv" if kv else "tokens_only")
+            # Weights on their way need room too.
+            fresh = tuple(self._with_blocks(replica, replica.kv_blocks * 3 // 4) for replica in fresh)
+        return None
+
+    def _room_beside(self, affected: tuple[Replica, ...], kept: Mapping[ReplicaId, int]) -> RoomRule:
+        """Memory for a new KV pool before any weight has come or gone, beside what is kept of the old pool."""
+
+        def room(gpu: GpuId, shard: Shard) -> int:
+            free = self._free_now(gpu)
+            for replica in affected:
+                if gpu in replica.gpus:
+                    gone = self._with_blocks(replica, replica.kv_blocks - kept.get(replica.id, 0))
+                    free += pool_bytes(self.catalog, self.problem, gone, gpu)
+            return free
+
+        return room
+
+    def _free_of_pools(self, draft: Draft) -> dict[GpuId, int]:
+        """Memory left for weights once the old KV pools are gone and the new ones there."""
         free = {gpu: self._free_now(gpu) for gpu in self.view.memory}
-        for replica in fresh:
-            for gpu in replica.gpus:
-                free[gpu] -= pool_bytes(self.catalog, self.problem, replica, gpu)
-        if kv_first and min(free.values()) < 0:
-            return None
         for gpu, replica in draft.old_position.items():
             free[gpu] += pool_bytes(self.catalog, self.problem, replica, gpu)
-        order = memory_order(self.catalog, draft, memory=free)
-        if order is None or min(free.values()) < 0:
-            return None
-        steps = StepWriter(draft, self.catalog, self._window(draft)).write_in_place(order)
-        return self._finish(draft, steps, "all_kv" if kv_first else "tokens_only")
+        for replica in draft.fresh:
+            for gpu in replica.gpus:
+                free[gpu] -= pool_bytes(self.catalog, self.problem, replica, gpu)
+        return free
+
+    def _with_blocks(self, replica: Replica, kv_blocks: int) -> Replica:
+        """The replica with a KV pool of so many blocks."""
+        bound = running_bound(self.problem.spec.limits, kv_blocks)
+        return replica.model_copy(update={"kv_blocks": kv_blocks, "max_running": bound})
 
     def _draft_in_place(
         self,
@@ -297,7 +319,7 @@ class Planner:
         *,
         sources: list[GpuId],
         kv: Mapping[Route, tuple[KvTransfer, ...]],
-        kv_first: bool = True,
+        kept_blocks: Mapping[ReplicaId, int] | None = None,
         released_first: bool = False,
     ) -> Draft:
         transfers = self._fetch(layout.fresh, sources=sources, nothing_held=released_first)
@@ -314,7 +336,7 @@ class Planner:
             kv=kv,
             held=self.held,
             released_first=released_first,
-            kv_first=kv_first and bool(kv),
+            kept_blocks=kept_blocks or {},
         )
 
     def _reroute(self, shape: tuple[int, int]) -> Plan:
@@ -540,10 +562,6 @@ class Planner:
                 return self._sized(replica, room=self._live_room)
         return sized
 
-    def _beside_all(self, gpu: GpuId, shard: Shard) -> int:
-        """Memory left for a new KV pool before any weight has come or gone."""
-        return self._free_now(gpu)
-
     def _sized(self, replica: Replica, *, room: RoomRule | None) -> Replica:
         """The replica with the largest KV pool that fits all its ranks, and B accordingly."""
         limits = self.problem.spec.limits
@@ -556,7 +574,7 @@ class Planner:
             blocks = min(blocks, max(roomy, min(tight, least_kv_blocks(limits))))
             if room is not None:
                 blocks = min(blocks, kv_blocks_within(self.problem.spec.model, limits, shard, room(gpu, shard)))
-        return replica.model_copy(update={"kv_blocks": blocks, "max_running": running_bound(limits, blocks)})
+        return self._with_blocks(replica, blocks)
 
     def _replica(self, number: int, count: int, shape: tuple[int, int], gpus: tuple[GpuId, ...]) -> Replica:
         """A new replica; its id carries the epoch, so no id is ever used twice."""

@@ -99,17 +99,22 @@ class StepWriter:
         self._quiesce_all([])
         commit = self._commit(list(self.quiesced.values()))
         before: dict[GpuId, StepId] = {}
-        if order is None or not self.draft.kv_first:
-            for replica in self.draft.affected:
-                for gpu in self._alive(replica):
+        shrunk: dict[GpuId, StepId] = {}
+        for replica in self.draft.affected:
+            kept = self.draft.kept_blocks.get(replica.id)
+            for gpu in self._alive(replica):
+                if kept is None:
                     slices = self._unneeded(gpu) if order is None else {}
                     before[gpu] = self._release(replica, gpu, slices, [commit])
+                elif kept < replica.kv_blocks and any(gpu in new.gpus for new in self.draft.fresh):
+                    shrunk[gpu] = self._release(replica, gpu, {}, [commit], kv=False, keep_blocks=kept)
+        opened = {**dict.fromkeys(self.draft.old_position, commit), **before, **shrunk}
         for replica in self.draft.fresh:
-            self._reserve(replica, with_weights=False, after={gpu: before.get(gpu, commit) for gpu in replica.gpus})
+            self._reserve(replica, with_weights=False, after={gpu: opened.get(gpu, commit) for gpu in replica.gpus})
         for route, transfers in self.draft.kv.items():
             for transfer in transfers:
-                self._copy_kv(route, transfer, [*self._reserved_at(transfer.destination), commit])
-        before |= self._kv_deltas()
+                self._copy_kv(route, transfer, [*self._reserved_at(transfer.destination), opened[transfer.source]])
+        before |= self._kv_deltas(set(before))
         self._layers(order, before)
         for replica in self.draft.fresh:
             self._join(replica, [])
@@ -126,7 +131,7 @@ class StepWriter:
                     self._release(replica, gpu, slices, waits, kv=gpu not in before)
         return tuple(self.steps)
 
-    def _kv_deltas(self) -> dict[GpuId, StepId]:
+    def _kv_deltas(self, without_pool: set[GpuId]) -> dict[GpuId, StepId]:
         """The last blocks of every rectangle; then old pools make way for weights. What a GPU's weights wait for."""
         readers: dict[GpuId, list[StepId]] = defaultdict(list)
         for route, transfer, copied in self.copied_kv:
@@ -138,7 +143,7 @@ class StepWriter:
             gpu: self._release(replica, gpu, {}, [self._commit_id(), *dict.fromkeys(readers[gpu])])
             for replica in self.draft.affected
             for gpu in self._alive(replica)
-            if self.draft.kv_first and gpu in self.reserved
+            if gpu in self.reserved and gpu not in without_pool
         }
 
     def _layers(self, order: Sequence[str] | None, before: Mapping[GpuId, StepId]) -> None:
@@ -366,9 +371,18 @@ class StepWriter:
             )
 
     def _release(
-        self, replica: Replica, gpu: GpuId, ranges: Ranges, depends_on: Iterable[StepId], *, kv: bool = True
+        self,
+        replica: Replica,
+        gpu: GpuId,
+        ranges: Ranges,
+        depends_on: Iterable[StepId],
+        *,
+        kv: bool = True,
+        keep_blocks: int | None = None,
     ) -> StepId:
-        pool = pool_bytes(self.catalog, self.draft.problem, replica, gpu) if kv else 0
+        freed = replica.kv_blocks if kv else 0 if keep_blocks is None else replica.kv_blocks - keep_blocks
+        freed_pool = replica.model_copy(update={"kv_blocks": freed})
+        pool = pool_bytes(self.catalog, self.draft.problem, freed_pool, gpu)
         fresh = next((new for new in self.draft.fresh if gpu in new.gpus), None)
         return self._add(
             Release(
@@ -380,6 +394,7 @@ class StepWriter:
                 generation=replica.generation,
                 slices=self.catalog.slices(ranges),
                 kv=kv,
+                keep_blocks=keep_blocks,
                 bytes=self.catalog.bytes(ranges) + pool,
                 estimated_s=self._round_trip(),
                 before=position_text(replica, gpu),

@@ -47,13 +47,18 @@ def restart_plan() -> Plan:
     )
 
 
-def layered_plan() -> Plan:
+def layered_plan(*, memory_bytes: int = 1600 * KIB, kv_blocks: int = 5) -> Plan:
     """An in_place plan that moves layer by layer."""
     spec = tiny_spec(solvers={"migrate": "layered"}, max_model_len=64, pipeline=1, tensor=2)
     problem = running_problem(
-        spec, shape=(1, 2, 1), memory_bytes=MIB, trigger=Trigger(kind="load"), kv_blocks=5, requests_each=1
+        spec, shape=(1, 2, 1), memory_bytes=MIB, trigger=Trigger(kind="load"), kv_blocks=kv_blocks, requests_each=1
     )
-    return make_plan(with_memory(problem, 1600 * KIB))
+    return make_plan(with_memory(problem, memory_bytes))
+
+
+def shrinking_plan() -> Plan:
+    """An in_place plan whose old pools have to shrink first."""
+    return layered_plan(memory_bytes=1300 * KIB, kv_blocks=10)
 
 
 def raw(plan: Plan) -> Raw:
@@ -81,7 +86,7 @@ def drop(data: Raw, dropped: Raw) -> None:
             one["depends_on"] = sorted({*one["depends_on"], *dropped["depends_on"]} - {dropped["id"]})
 
 
-@pytest.mark.parametrize("plan", [spare_plan, loss_plan, restart_plan, layered_plan])
+@pytest.mark.parametrize("plan", [spare_plan, loss_plan, restart_plan, layered_plan, shrinking_plan])
 def test_whole_plans_are_ok(plan: Callable[[], Plan]) -> None:
     """Tests that each plan that the other tests spoil has no finding before."""
     assert () == check_plan(plan())
@@ -321,6 +326,30 @@ def test_kv_freed_before_read() -> None:
         if one["kind"] == "release" and one["kv"]:
             one["depends_on"] = [name for name in one["depends_on"] if name not in deltas]
     assert {"wrong_order"} == codes(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [({"keep_blocks": 1}, "coverage_hole"), ({"keep_blocks": 10}, "over_memory"), ({"kv": True}, "wrong_order")],
+    ids=str,
+)
+def test_kept_blocks(change: Raw, code: str) -> None:
+    """Tests that a pool that shrinks keeps what moves, makes the room that is claimed, and does not go with it."""
+    data = raw(shrinking_plan())
+    for release in [one for one in data["steps"] if one.get("keep_blocks") is not None]:
+        release.update(change)
+    assert code in codes(data)
+
+
+def test_shrinks_before_it_is_read() -> None:
+    """Tests that nobody copies from a pool while it shrinks."""
+    data = raw(shrinking_plan())
+    shrinks = {one["id"] for one in data["steps"] if one["kind"] == "release" and one.get("keep_blocks") is not None}
+    for one in data["steps"]:
+        if one["kind"] in ("copy_kv", "reserve"):
+            one["depends_on"] = [step(data, "commit")["id"]] if one["kind"] == "reserve" else one["depends_on"]
+            one["depends_on"] = [name for name in one["depends_on"] if name not in shrinks]
+    assert "wrong_order" in codes(data)
 
 
 @pytest.mark.parametrize("kind", ["copy_kv", "copy_kv_delta"])

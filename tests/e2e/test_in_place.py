@@ -1,6 +1,6 @@
 """Where old and new do not fit side by side: the replica stops first, its KV moves, then its weights layer by layer.
 
-Four GPUs of 5200 KiB hold (1, 2, 2); three can hold (1, 3, 1), but not beside what they have.
+Four GPUs of 4800 KiB are full with (1, 2, 2); three can hold (1, 3, 1), but not beside what they have.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.e2e
 
 NUM_TOKENS = 200
 NUM_BEFORE_NOTICE = 20
-NOTICED = "i0"
+NOTICED, STAYING = "i0", "i2"
 
 
 class ShortOfMemory:
@@ -41,27 +41,19 @@ class ShortOfMemory:
         """What they must bring."""
         return self.model.expected(NUM_TOKENS)[2:]
 
-    def staying(self) -> list[str]:
-        """Instances that the notice leaves."""
-        return [one["id"] for one in self.daemon.status()["instances"] if one["id"] != NOTICED]
-
-    def arm(self, place: str) -> None:
-        """The first of the staying instances that reaches the place dies there."""
-        for name in self.staying():
-            draft = self.points / f"{name}.draft"
-            draft.write_text(place)
-            draft.rename(self.points / f"{name}.0")
+    def arm(self, instance: str, place: str) -> Path:
+        """The instance dies when it reaches the place; the file is gone then."""
+        draft = self.points / "draft"
+        draft.write_text(place)
+        return draft.rename(self.points / f"{instance}.0")
 
     def notice(self) -> None:
         """The notice that only an in_place plan answers."""
         self.daemon.admin("notice", instance=NOTICED, grace_s=60)
 
-    def wait_one_died(self) -> None:
-        """Until one of the armed instances died; the others are disarmed."""
-        files = sorted(self.points.iterdir())
-        self.daemon.wait_for(lambda: not all(file.exists() for file in files), "a failpoint reached", 120)
-        for file in files:
-            file.unlink(missing_ok=True)
+    def wait_died(self, armed: Path) -> None:
+        """Until the armed instance reached its place."""
+        self.daemon.wait_for(lambda: not armed.exists(), "a failpoint reached", 120)
 
     def wait_over(self) -> None:
         """Until no run is under way."""
@@ -75,7 +67,7 @@ def short(tmp_path: Path, large: TinyModel, large_environment: dict[str, str]) -
     """It, from start to stop."""
     points = tmp_path / "failpoints"
     points.mkdir()
-    args = [str(large.folder), "--gpu-memory", "5200KiB", "--max-num-seqs", "3", "--instances", "4", *degrees(1, 2, 2)]
+    args = [str(large.folder), "--gpu-memory", "4800KiB", "--max-num-seqs", "3", "--instances", "4", *degrees(1, 2, 2)]
     env = {**large_environment, "SPOTSERVE_FAILPOINTS": str(points)}
     with running(tmp_path / "state", *args, env=env) as daemon:
         yield ShortOfMemory(daemon, large, points)
@@ -119,9 +111,9 @@ def test_kv_survives_where_memory_is_short(short: ShortOfMemory) -> None:
 def test_target_lost_after_the_commit(short: ShortOfMemory, place: str) -> None:
     """Tests that a GPU of the new layout may die at any step behind the commit: storage and ledger have it all."""
     streams = short.decoding()
-    short.arm(place)
+    armed = short.arm(STAYING, place)
     short.notice()
-    short.wait_one_died()
+    short.wait_died(armed)
     short.daemon.admin("add-instance")
     assert short.expected() == tokens_of(streams)
     short.wait_over()
@@ -131,10 +123,9 @@ def test_target_lost_after_the_commit(short: ShortOfMemory, place: str) -> None:
 def test_source_lost_after_the_commit(short: ShortOfMemory) -> None:
     """Tests that the noticed GPU, a source of KV and weights, may be gone in the middle of the copies."""
     streams = short.decoding()
-    place = short.points / f"{NOTICED}.0"
-    place.write_text("grant:after")
+    armed = short.arm(NOTICED, "grant:after")
     short.notice()
-    short.daemon.wait_for(lambda: not place.exists(), "the source died", 120)
+    short.wait_died(armed)
     assert short.expected() == tokens_of(streams)
     short.wait_over()
     entries = last_run(short.daemon).entries

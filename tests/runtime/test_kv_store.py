@@ -117,3 +117,24 @@ def test_a_rectangle_outside_the_store_is_refused() -> None:
         kv.import_block(key_of(0), 0, torch.zeros(1, 2, 3, 16, 8), layers=(1, 2), kv_heads=(0, 4))
     with pytest.raises(KeyError):
         kv.export_block(key_of(1), 0, layers=(1, 2), kv_heads=(0, 4))
+
+
+def test_a_pool_shrinks_to_its_content() -> None:
+    """Tests that a shrunk pool has the longest sequences bit for bit, and room for the rest of its blocks."""
+    kv = store()
+    for index, kv_tokens in enumerate((20, 40, 33)):
+        fill_randomly(kv, key_of(index), kv_tokens, seed=index)
+    kv.free(key_of(2))
+    fill_randomly(kv, key_of(3), 5, seed=3)
+    kv.extend(key_of(1), 64)
+    before = [kv.export_block(key_of(1), block, layers=(0, 4), kv_heads=(0, 4)) for block in range(3)]
+    size = kv.bytes
+    kv.shrink(5)
+    assert {key_of(0): 20, key_of(1): 40} == kv.directory()
+    assert (5, 0, 5 * size // 8) == (kv.num_blocks, kv.num_free, kv.bytes)
+    for block, expected in enumerate(before):
+        assert torch.equal(expected, kv.export_block(key_of(1), block, layers=(0, 4), kv_heads=(0, 4)))
+    kv.free(key_of(0))
+    kv.extend(key_of(4), 32)
+    kv.shrink(5)
+    assert 0 == kv.num_free

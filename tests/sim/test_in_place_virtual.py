@@ -15,7 +15,7 @@ from spotserve.core.plan import Step
 from spotserve.core.state import step_gpus
 from spotserve.sim.world import check_streams
 from tests.sim.test_faults_virtual import check_calm, die_silently, on_step
-from tests.sim.test_swarm import draw_scenario
+from tests.sim.test_swarm import draw_scenario, seeds
 from tests.sim.test_virtual_world import Stage
 
 KIB = 1024
@@ -127,7 +127,7 @@ def test_restart_at_every_entry_in_place(victim: str | None) -> None:
         assert "serving" == stage.service, cut
 
 
-@pytest.mark.parametrize("seed", range(2000, 2060))
+@pytest.mark.parametrize("seed", seeds(2000, 60))
 def test_nothing_is_lost_where_memory_is_short(seed: int) -> None:
     """Tests that random faults, half of them with a death of the coordinator, cost no token where plans are in place."""
     dice = random.Random(-seed)

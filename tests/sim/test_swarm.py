@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,13 @@ from spotserve.sim.world import check_streams
 from tests.sim.test_virtual_world import Stage
 
 NUM_SEEDS = 200
+QUICK_SHARE = 5
+
+
+def seeds(first: int, count: int) -> list[Any]:
+    """Seeds from `first` on; all but a fifth are `slow`, so that `make quick` is."""
+    marks = [() if index < count // QUICK_SHARE else (pytest.mark.slow,) for index in range(count)]
+    return [pytest.param(first + index, marks=mark) for index, mark in enumerate(marks)]
 
 
 def draw_scenario(stage: Stage, seed: int) -> None:
@@ -58,7 +66,7 @@ def silent_death(stage: Stage, at_s: float, instance: InstanceId, told_s: float)
     stage.world.after(at_s, die)
 
 
-@pytest.mark.parametrize("seed", range(NUM_SEEDS))
+@pytest.mark.parametrize("seed", seeds(0, NUM_SEEDS))
 def test_nothing_is_lost(seed: int) -> None:
     """Tests that whatever is taken, every accepted request ends with exactly its tokens and the service recovers."""
     stage = draw_stage(seed)
@@ -67,7 +75,7 @@ def test_nothing_is_lost(seed: int) -> None:
     check_replay(stage)
 
 
-@pytest.mark.parametrize("seed", range(1000, 1000 + NUM_SEEDS // 4))
+@pytest.mark.parametrize("seed", seeds(1000, NUM_SEEDS // 4))
 def test_nothing_is_lost_over_a_restart(seed: int) -> None:
     """Tests the same when the coordinator dies somewhere in the middle and is started again."""
     stage = draw_stage(seed)

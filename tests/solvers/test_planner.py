@@ -14,7 +14,7 @@ import pytest
 from spotserve.core.canonical import canonical_json
 from spotserve.core.check import check_plan
 from spotserve.core.cost import replica_shards
-from spotserve.core.plan import CopyKv, CopyKvDelta, CopyWeights, LoadWeights, Plan, Quiesce, Release, Trigger
+from spotserve.core.plan import CopyKv, CopyKvDelta, CopyWeights, LoadWeights, Plan, Quiesce, Release, Reserve, Trigger
 from spotserve.core.slices import shard_bytes
 from spotserve.errors import SpecError
 from spotserve.solvers.planner import answer, make_plan, serve
@@ -264,9 +264,23 @@ def test_old_pools_make_way_for_weights() -> None:
     assert () == check_plan(plan)
 
 
+def test_old_pools_shrink_to_their_content() -> None:
+    """Tests that a pool that fills the memory shrinks after the commit, before anything is reserved or copied."""
+    plan = reshaped_within(1300 * KIB, kv_blocks=10)
+    shrunk = {s.workers[0]: s for s in plan.steps if isinstance(s, Release) and s.keep_blocks is not None}
+    assert ("in_place", ["move"], 2) == (plan.mode, actions(plan), len(shrunk))
+    assert all(not step.kv and 3 <= (step.keep_blocks or 0) < 10 for step in shrunk.values())
+    for step in plan.steps:
+        if isinstance(step, Reserve):
+            assert shrunk[step.workers[0]].id in step.depends_on
+        elif isinstance(step, CopyKv):
+            assert shrunk[step.source].id in step.depends_on
+    assert () == check_plan(plan)
+
+
 def test_layers_move_one_by_one_without_kv() -> None:
     """Tests Algorithm 2 where only one KV pool fits: the old one goes first and the requests are computed again."""
-    plan = reshaped_within(1300 * KIB, kv_blocks=10)
+    plan = reshaped_within(1250 * KIB, kv_blocks=10)
     assert ("in_place", ["recompute"]) == (plan.mode, actions(plan))
     assert ["quiesce", "commit", "release", "release", "reserve", "reserve"] == kinds(plan)[:6]
     assert "copy_kv" not in kinds(plan)
