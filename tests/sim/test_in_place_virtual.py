@@ -129,7 +129,7 @@ def test_restart_at_every_entry_in_place(victim: str | None) -> None:
 
 @pytest.mark.parametrize("seed", seeds(2000, 60))
 def test_nothing_is_lost_where_memory_is_short(seed: int) -> None:
-    """Tests that random faults, half of them with a death of the coordinator, cost no token where plans are in place."""
+    """Tests that random faults, half of them with a coordinator death, cost no token where plans are in place."""
     dice = random.Random(-seed)
     stage = Stage(
         seed=seed,
