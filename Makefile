@@ -28,7 +28,7 @@ PYTEST := $(BIN)/python -m pytest
 help:
 	@echo "make setup     create .venv and install everything ($(STAMP) tells when)"
 	@echo "make run       start the daemon: make run ARGS=\"MODEL --instances 4\" PORT=8000"
-	@echo "make test      every test that this machine can run"
+	@echo "make test      every test but the slow ones, which are: make test PYTEST_ARGS='-m slow'"
 	@echo "make check     lint, types, import walk, then make test"
 	@echo "make quick     lint, types, import walk, unit and virtual-world tests; at most 90 s"
 
@@ -56,7 +56,7 @@ walk: $(STAMP)
 	$(PYTEST) -q tests/test_imports.py tests/test_tidy.py
 
 test: $(STAMP)
-	$(PYTEST) $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 # One after the other whatever -j says: a failing linter is told before ten minutes of tests.
 check: $(STAMP)
@@ -68,13 +68,13 @@ check: $(STAMP)
 quick: $(STAMP)
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory types
-	$(PYTEST) -q -m "not e2e and not slow" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST) -q -m "not e2e and not slow and not swarm" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 docs: $(STAMP)
 	$(BIN)/python docs/draw_lifecycles.py
 
 test-all:
-	@echo "make test-all is not there yet: the grid of degrees, disturbances and dtypes comes with the other model families; make test runs every test there is" >&2
+	@echo "make test-all is not there yet: the grid of degrees, disturbances and dtypes comes with the other model families; make test and make test PYTEST_ARGS='-m slow' run every test there is" >&2
 	@exit 1
 
 clean:

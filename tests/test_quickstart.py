@@ -64,7 +64,6 @@ def daemon(
 
 
 @pytest.mark.e2e
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
 def test_quickstart(daemon: subprocess.Popen[str]) -> None:
     """Tests that every line of the quickstart exits 0, the answer has text, and the daemon stops cleanly."""

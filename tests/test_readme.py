@@ -54,7 +54,6 @@ def table_rows(title: str) -> dict[str, str]:
 
 
 @pytest.mark.e2e
-@pytest.mark.slow
 def test_transcript(tmp_path: Path, daemon_environment: dict[str, str]) -> None:
     """Tests that the transcript's commands, run in order against a daemon, print what stands there."""
     (start, ready), *commands = transcript()

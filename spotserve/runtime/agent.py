@@ -11,6 +11,7 @@ import os
 import queue
 import secrets
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -69,6 +70,9 @@ from spotserve.runtime.weight_transfer import load_slices, pull_slices
 from spotserve.runtime.weights import WeightStore
 
 SELF_NOTICE_S = 30.0
+SWITCH_INTERVAL_S = 0.0005
+"""How long a copy's thread waits for the interpreter while the engine's small operations keep taking it back. It waits
+so after every system call: at the default of 5 ms a copy of a few KV blocks into a serving worker takes 0.2 s."""
 _MAX_OUTCOMES = 8192
 _PROBE_PATIENCE_S = 0.01
 """A notice's plan waits for the probe: an iteration's length is too much, and a position need not be the very last."""
@@ -573,6 +577,7 @@ _SLOW = (
 def agent_main(settings: WorkerSettings) -> int:
     """Run the agent of one GPU in this process, whose main thread this is."""
     torch.set_num_threads(1)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     configure_logging("json")
     agent = Agent(settings)
     signal.signal(signal.SIGTERM, lambda number, frame: agent.take_notice())

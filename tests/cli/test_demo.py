@@ -126,7 +126,6 @@ def assert_nothing_left(folder: Path) -> None:
 
 
 @pytest.mark.e2e
-@pytest.mark.slow
 def test_demo(tmp_path: Path, environment: dict[str, str]) -> None:
     """Tests that the demo takes an instance with and one without notice, loses nothing, and cleans up."""
     done = subprocess.run(

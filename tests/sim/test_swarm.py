@@ -21,8 +21,8 @@ QUICK_SHARE = 5
 
 
 def seeds(first: int, count: int) -> list[Any]:
-    """Seeds from `first` on; all but a fifth are `slow`, so that `make quick` is."""
-    marks = [() if index < count // QUICK_SHARE else (pytest.mark.slow,) for index in range(count)]
+    """Seeds from `first` on; `make quick` takes a fifth of them, `make test` all."""
+    marks = [() if index < count // QUICK_SHARE else (pytest.mark.swarm,) for index in range(count)]
     return [pytest.param(first + index, marks=mark) for index, mark in enumerate(marks)]
 
 
