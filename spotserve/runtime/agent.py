@@ -26,6 +26,7 @@ import torch
 
 from spotserve import __version__
 from spotserve.core.batching import DEFAULT_TOKEN_BUDGET, BatchLimits
+from spotserve.core.ids import ReplicaId
 from spotserve.core.wire import (
     AbortCommand,
     ActivateCommand,
@@ -263,6 +264,8 @@ class Agent:
                 result.add_done_callback(lambda done: self._answer_later(command, done))
             else:
                 self._succeed(command, result)
+                if isinstance(command, CopyWeightsCommand | LoadWeightsCommand):
+                    self._build_ahead(command.replica, command.generation)
 
     def _answer_later(self, command: Command, done: Future[Any]) -> None:
         error = done.exception()
@@ -443,9 +446,20 @@ class Agent:
             position.mesh = mesh
             if position.join_cancelled.is_set():
                 mesh.close()
-        if self._held().is_complete(position):
-            self._held().build(position)  # Now, so that it is not done inside the stop.
+        self._build_ahead(command.replica, command.generation)
         return {}
+
+    def _build_ahead(self, replica: ReplicaId, generation: int) -> None:
+        """Build a stage as soon as its mesh and weights are there, so that it is not done inside the stop."""
+        held = self._held()
+        position = held.position(replica, generation)
+        if position is None or position.mesh is None or not held.is_complete(position):
+            return
+        try:
+            held.build(position)
+        except SpotServeError as error:
+            # The activation tries again, and answers with whatever stands in its way.
+            log.warning("build_ahead_failed", replica=replica, generation=generation, error=error.message)
 
     def _activate(self, command: ActivateCommand) -> dict[str, Any]:
         position = self._position(command.replica, command.generation)

@@ -51,7 +51,8 @@ def test_two_notices_at_once(scene: Scene) -> None:
     scene.notice(first, 60)
     scene.notice(last, 60)
     assert scene.expected == [stream.wait() for stream in streams]
-    assert not {first, last} & set(scene.serving())
+    # The streams may end before the capped copies do.
+    scene.daemon.wait_for(lambda: not {first, last} & set(scene.serving()), "moved off both instances")
     line = next(one for one in scene.daemon.status()["migrations"][::-1] if one["outcome"] == "completed")
     assert ("notice", 0) == (line["trigger"], line["recomputed_tokens"])
     assert line["kv_bytes"] > 0
@@ -284,8 +285,8 @@ def test_one_process_of_an_instance_dies(pairs: Scene) -> None:
     group = pairs.groups()[name]
     os.kill(max(members_of(group)), signal.SIGKILL)
     pairs.check(streams)
-    assert [] == members_of(group)
-    assert name not in pairs.living()
+    pairs.daemon.wait_for(lambda: not members_of(group), "rid of the other process")
+    pairs.daemon.wait_for(lambda: name not in pairs.living(), "told of the loss")
 
 
 @pytest.mark.parametrize("grace_s", [None, 0.3, 20.0])
