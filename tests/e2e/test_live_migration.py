@@ -20,7 +20,7 @@ pytestmark = pytest.mark.e2e
 
 NUM_BEFORE_NOTICE = 30
 LONG = 300
-SLOW_LINK = {"SPOTSERVE_LINK_BYTES_PER_S": "300000"}
+SLOW_LINK = {"SPOTSERVE_LINK_BYTES_PER_S": "900000"}
 """The burst of 1 MiB passes at once, what is left of a GPU's share of `large` takes seconds."""
 
 
