@@ -7,7 +7,6 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections import deque
@@ -35,13 +34,13 @@ from spotserve.core.loop import run as run_loop
 from spotserve.core.options import RunOptions
 from spotserve.core.plan import Plan
 from spotserve.core.ports import ChoiceDelta, NewRequest, RequestView
+from spotserve.core.service import service_state
 from spotserve.core.sizing import size_limits
 from spotserve.core.snapshot import RequestProgress, Snapshot
 from spotserve.core.spec import Limits, ModelSpec, Profile, ServingSpec
 from spotserve.core.state import ClusterState, world_of
 from spotserve.core.status import service_status
 from spotserve.errors import (
-    ModelError,
     NotServingError,
     PlanRefusedError,
     QueueFullError,
@@ -56,7 +55,7 @@ from spotserve.runtime.failpoints import failpoint_variables
 from spotserve.runtime.forkserver_client import ForkServer, ForkServerError
 from spotserve.runtime.instance import default_memory_bytes
 from spotserve.runtime.live_world import LiveWorld
-from spotserve.runtime.profiles import profile_of, write_whole
+from spotserve.runtime.profiles import answer_of, profile_of, write_whole
 from spotserve.runtime.switchboard import Switchboard
 from spotserve.solvers.planner_process import PlannerProcess
 from spotserve.store.journal import EntryJournal, Journal
@@ -65,7 +64,6 @@ from spotserve.store.state_dir import StateDir
 
 BUILTIN_MODEL = Path(__file__).parent / "builtin"
 BUILTIN_GPU_MEMORY_BYTES = 6 * 1024 * 1024
-DESCRIBE_TIMEOUT_S = 120.0
 REJOIN_S = 8.0
 """How long a restarted coordinator waits for the workers of its predecessor."""
 LOAD_WINDOW_S = 30.0
@@ -347,7 +345,7 @@ class Daemon:
     @property
     def state(self) -> str:
         """The SERVICE state."""
-        return str(service_status(self._controller.state)["state"])
+        return service_state(self._controller.state)
 
     @property
     def ready(self) -> bool:
@@ -555,20 +553,9 @@ def _described(folder: Path, dtype: str | None, cache: Path) -> ModelSpec:
     kept = cache / f"model-{key}-{dtype or 'stored'}.json"
     with contextlib.suppress(FileNotFoundError, ValueError):
         return ModelSpec.model_validate_json(kept.read_text(encoding="utf-8"))
-    command = [sys.executable, "-m", "spotserve.runtime.describe", str(folder)]
-    command += ["--dtype", dtype] if dtype is not None else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DESCRIBE_TIMEOUT_S
-    )
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        hints = [line.removeprefix("hint: ") for line in lines if line.startswith("hint: ")]
-        told = [line for line in lines if not line.startswith("hint: ")]
-        message = told[-1] if told else f"describing {folder} ended with {done.returncode}"
-        raise ModelError(message, hint=hints[0] if hints else None)
-    write_whole(kept, done.stdout)
-    return ModelSpec.model_validate_json(done.stdout)
+    answer = answer_of("spotserve.runtime.describe", folder, dtype=dtype)
+    write_whole(kept, answer)
+    return ModelSpec.model_validate_json(answer)
 
 
 def _gpu_memory_bytes(options: RunOptions) -> int:
@@ -576,7 +563,7 @@ def _gpu_memory_bytes(options: RunOptions) -> int:
     if options.gpu_memory is not None and options.gpu_memory.total_bytes is not None:
         return options.gpu_memory.total_bytes
     if options.gpu_memory is not None and options.gpu_memory.free_share is not None:
-        return int(default_memory_bytes(num_gpus) / 0.8 * options.gpu_memory.free_share)
+        return default_memory_bytes(num_gpus, share=options.gpu_memory.free_share)
     return BUILTIN_GPU_MEMORY_BYTES if options.model is None else default_memory_bytes(num_gpus)
 
 

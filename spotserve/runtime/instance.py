@@ -127,6 +127,6 @@ def parse_bytes(text: str) -> int:
     return int(value)
 
 
-def default_memory_bytes(num_gpus: int) -> int:
-    """An equal share of 80 % of the memory that is free now."""
-    return max(1, int(psutil.virtual_memory().available * 0.8) // max(1, num_gpus))
+def default_memory_bytes(num_gpus: int, *, share: float = 0.8) -> int:
+    """What each GPU gets of a share of the memory that is free now."""
+    return max(1, int(psutil.virtual_memory().available * share) // max(1, num_gpus))

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -19,7 +20,7 @@ from spotserve.core.spec import Profile
 from spotserve.errors import ModelError, SpotServeError
 from spotserve.runtime.checkpoint_header import validate_checkpoint
 
-MEASURE_TIMEOUT_S = 600.0
+PROCESS_TIMEOUT_S = 600.0
 CACHE_VERSION = 2
 """Raised when what is measured, or how, changes: older entries are then measured again."""
 
@@ -61,7 +62,18 @@ def read_profile(path: Path) -> Profile | None:
 
 def measured_profile(folder: Path, *, device: str, dtype: str | None) -> Profile:
     """A new measurement in a process with torch."""
-    command = [sys.executable, "-m", "spotserve.runtime.measure", str(folder), "--device", device]
+    answer = answer_of("spotserve.runtime.measure", folder, dtype=dtype, options=("--device", device))
+    return Profile.model_validate_json(answer)
+
+
+def answer_of(module: str, folder: Path, *, dtype: str | None, options: Sequence[str] = ()) -> str:
+    """What a short process prints about a model folder; it may import torch and transformers, its caller may not.
+
+    Raises:
+        ModelError: the process refused the folder.
+        SpotServeError: it failed otherwise, or did not end in time.
+    """
+    command = [sys.executable, "-m", module, str(folder), *options]
     command += ["--dtype", dtype] if dtype is not None else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     try:
@@ -71,23 +83,23 @@ def measured_profile(folder: Path, *, device: str, dtype: str | None) -> Profile
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=MEASURE_TIMEOUT_S,
+            timeout=PROCESS_TIMEOUT_S,
         )
     except subprocess.TimeoutExpired as error:
-        raise SpotServeError(f"measuring {folder} did not end within {MEASURE_TIMEOUT_S:g} s") from error
+        raise SpotServeError(f"{module} did not end within {PROCESS_TIMEOUT_S:g} s on {folder}") from error
     if done.returncode != 0:
-        raise measuring_error(folder, done.returncode, done.stderr)
-    return Profile.model_validate_json(done.stdout)
+        raise process_error(module, folder, done.returncode, done.stderr)
+    return done.stdout
 
 
-def measuring_error(folder: Path, code: int, stderr: str) -> SpotServeError:
-    """What the measuring process said on stderr, as an error of ours."""
+def process_error(module: str, folder: Path, code: int, stderr: str) -> SpotServeError:
+    """What a short process said on stderr, as an error of ours."""
     lines = [line for line in stderr.splitlines() if line.strip()]
     hint = next((line.removeprefix("hint: ") for line in lines if line.startswith("hint: ")), None)
     if code == ModelError.exit_code and lines:
         told = [line for line in lines if not line.startswith("hint: ")]
         return ModelError(told[-1] if told else lines[-1], hint=hint)
-    return SpotServeError(f"measuring {folder} ended with {code}: {lines[-1] if lines else 'no word'}")
+    return SpotServeError(f"{module} ended with {code} on {folder}: {lines[-1] if lines else 'no word'}")
 
 
 def write_whole(path: Path, text: str) -> None:

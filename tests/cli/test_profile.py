@@ -95,10 +95,12 @@ def test_table(measurements: list[tuple[str, str, str | None]], capsys: Capture)
 
 def test_refusals_keep_their_words() -> None:
     """Tests that a refused model is a ModelError with its hint, and anything else a failure with its last words."""
-    refused = profiles.measuring_error(Path("m"), 2, "Warning: noise\nm has no config.json\nhint: give a folder\n")
+    refused = profiles.process_error(
+        "spotserve.runtime.measure", Path("m"), 2, "Warning: noise\nm has no config.json\nhint: give a folder\n"
+    )
     assert (ModelError, "m has no config.json", "give a folder") == (type(refused), refused.message, refused.hint)
-    crashed = profiles.measuring_error(Path("m"), -9, "")
-    assert (SpotServeError, "measuring m ended with -9: no word") == (type(crashed), crashed.message)
+    crashed = profiles.process_error("spotserve.runtime.measure", Path("m"), -9, "")
+    assert (SpotServeError, "spotserve.runtime.measure ended with -9 on m: no word") == (type(crashed), crashed.message)
 
 
 def test_derived_degrees(tmp_path: Path) -> None:
