@@ -25,7 +25,7 @@ import psutil
 import torch
 
 from spotserve import __version__
-from spotserve.core.batching import DEFAULT_TOKEN_BUDGET, BatchLimits
+from spotserve.core.batching import DEFAULT_TOKEN_BUDGET, BatchLimits, SequenceKey
 from spotserve.core.ids import ReplicaId
 from spotserve.core.wire import (
     AbortCommand,
@@ -59,7 +59,7 @@ from spotserve.runtime.failpoints import Failpoint
 from spotserve.runtime.holdings import Holdings, Position
 from spotserve.runtime.instance import WorkerSettings
 from spotserve.runtime.kv_migration import KvFollower, Peer
-from spotserve.runtime.kv_store import KvStore, SequenceKey
+from spotserve.runtime.kv_store import KvStore
 from spotserve.runtime.leader import Leader, QuiesceReport
 from spotserve.runtime.link import Link, LinkCallbacks
 from spotserve.runtime.mesh import MeshListener, join

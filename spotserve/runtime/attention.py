@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from spotserve.core.batching import SequenceKey
 from spotserve.core.spec import KV_BLOCK_TOKENS
-from spotserve.runtime.kv_store import KvStore, SequenceKey, slots_of
+from spotserve.runtime.kv_store import KvStore, slots_of
 
 ATTENTION_NAME = "spotserve_paged"
 TILE = KV_BLOCK_TOKENS

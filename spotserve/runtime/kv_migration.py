@@ -16,13 +16,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from spotserve.core.ids import ReplicaId
+from spotserve.core.batching import SequenceKey
+from spotserve.core.ids import ReplicaId, RequestId
 from spotserve.core.plan import KvRoute
 from spotserve.core.spec import KV_BLOCK_TOKENS
 from spotserve.core.wire import ChoicePosition
 from spotserve.errors import TransferError
 from spotserve.log import get_logger
-from spotserve.runtime.kv_store import KvStore, OutOfBlocks, SequenceKey
+from spotserve.runtime.kv_store import KvStore, OutOfBlocks
 from spotserve.runtime.transfer import TransferInterruptedError
 
 FOLLOW_POLL_S = 0.02
@@ -261,7 +262,7 @@ class KvFollower:
         if not isinstance(listed, list):
             raise TransferError("the source's list of KV is not a list")
         return {
-            SequenceKey(str(request), int(choice), int(kv_generation)): int(kv_tokens) // KV_BLOCK_TOKENS
+            SequenceKey(RequestId(str(request)), int(choice), int(kv_generation)): int(kv_tokens) // KV_BLOCK_TOKENS
             for request, choice, kv_generation, kv_tokens in listed
         }
 

@@ -14,21 +14,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from spotserve.core.batching import SequenceKey
 from spotserve.core.spec import KV_BLOCK_TOKENS
 from spotserve.errors import InvariantError, SpotServeError
-
-
-class SequenceKey(NamedTuple):
-    """What names a sequence's KV: eviction raises `kv_generation`, so KV of two lives is never mixed."""
-
-    request: str
-    choice: int
-    kv_generation: int
 
 
 class OutOfBlocks(SpotServeError):  # noqa: N818

@@ -20,12 +20,14 @@ from pathlib import Path
 import psutil
 import torch
 
+from spotserve.core.batching import SequenceKey
+from spotserve.core.ids import RequestId
 from spotserve.core.slices import kv_head_range, max_tensor_degree, shard_slices, stage_shard
 from spotserve.core.spec import DTYPE_BYTES, LatencyPoint, ModelSpec, Profile
 from spotserve.errors import SpecError, SpotServeError
 from spotserve.runtime.checkpoint import TORCH_DTYPES, Checkpoint
 from spotserve.runtime.checkpoint_header import CheckpointLayout, validate_checkpoint
-from spotserve.runtime.kv_store import KvStore, SequenceKey
+from spotserve.runtime.kv_store import KvStore
 from spotserve.runtime.model_table import describe_model
 from spotserve.runtime.stage_model import BatchSequence, StageBatch, StageModel
 from spotserve.runtime.weights import WeightStore
@@ -135,12 +137,12 @@ def forward_ms(stage: StageModel, rows: int, *, device: str) -> float:
     """Milliseconds of one undisturbed forward of `rows` rows."""
     context = min(CONTEXT_TOKENS, stage.model.max_model_len - 1)
     if rows <= MAX_DECODE_ROWS:
-        keys = [SequenceKey(f"decode-{index}", 0, 0) for index in range(rows)]
+        keys = [SequenceKey(RequestId(f"decode-{index}"), 0, 0) for index in range(rows)]
         if context:
             stage.forward(batch_of(keys, start=0, count=context))
         batch = batch_of(keys, start=context, count=1)
     else:
-        keys = [SequenceKey("prefill", 0, 0)]
+        keys = [SequenceKey(RequestId("prefill"), 0, 0)]
         batch = batch_of(keys, start=0, count=rows)
     try:
         return least_ms(lambda: stage.forward(batch), device=device)

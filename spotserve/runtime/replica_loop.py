@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spotserve.core.batching import SequenceKey
-from spotserve.core.ids import ReplicaId, RequestId
+from spotserve.core.ids import ReplicaId
 from spotserve.core.sampling import SamplingParameters
 from spotserve.core.wire import ReplicaBroken, WorkerMessage
 from spotserve.errors import InvariantError, MeshError
@@ -23,7 +23,6 @@ from spotserve.log import get_logger
 from spotserve.runtime.checkpoint import TORCH_DTYPES
 from spotserve.runtime.descriptor import Adopt, Answer, Free, Missing, Run, Sampled, Stop, decode, encode
 from spotserve.runtime.kv_migration import IncomingKv
-from spotserve.runtime.kv_store import SequenceKey as KvKey
 from spotserve.runtime.mesh import Mesh
 from spotserve.runtime.sampler import Draw, sample
 from spotserve.runtime.stage_model import BatchSequence, StageBatch, StageModel
@@ -82,7 +81,7 @@ class StageRunner:
         batch = StageBatch(
             tuple(
                 BatchSequence(
-                    key=KvKey(*item.key),
+                    key=item.key,
                     start=item.start,
                     count=item.count,
                     wants_logits=item.position is not None,
@@ -101,14 +100,13 @@ class StageRunner:
 
     def adopt(self, adopt: Adopt) -> Missing:
         """Take over sequences that were copied in; says which are not complete here."""
-        sequences = [(KvKey(*key), kv_tokens) for key, kv_tokens in adopt.sequences]
-        missing = self._incoming.adopt(sequences, is_exclusive=adopt.is_exclusive)
-        return Missing(tuple(SequenceKey(RequestId(key.request), key.choice, key.kv_generation) for key in missing))
+        missing = self._incoming.adopt(adopt.sequences, is_exclusive=adopt.is_exclusive)
+        return Missing(missing)
 
     def free(self, keys: Sequence[SequenceKey]) -> None:
         """Drop sequences."""
         for key in keys:
-            self._incoming.free(KvKey(*key))
+            self._incoming.free(key)
             self._sampling.pop(key, None)
 
     def _receive_hidden(self, batch: StageBatch) -> Tensor | None:

@@ -25,6 +25,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from spotserve.core.batching import SequenceKey
 from spotserve.core.slices import (
     Shard,
     Slice,
@@ -39,7 +40,7 @@ from spotserve.core.spec import ModelSpec, Parameter
 from spotserve.errors import InvariantError
 from spotserve.runtime.attention import ATTENTION_NAME, MaskCache, Span, head_map, paged_attention, plan_tiles
 from spotserve.runtime.checkpoint import TORCH_DTYPES
-from spotserve.runtime.kv_store import KvStore, SequenceKey
+from spotserve.runtime.kv_store import KvStore
 from spotserve.runtime.linear import ChunkedRowLinear, ColumnLinear, Exchange, Gather, RowLinear, WideActivation
 from spotserve.runtime.model_table import load_config
 from spotserve.runtime.weights import WeightStore

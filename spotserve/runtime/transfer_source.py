@@ -8,10 +8,11 @@ from typing import cast
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from spotserve.core.batching import SequenceKey
 from spotserve.core.frozen import Frozen
-from spotserve.core.ids import ReplicaId
+from spotserve.core.ids import ReplicaId, RequestId
 from spotserve.errors import InvariantError, TransferError
-from spotserve.runtime.kv_store import KvStore, SequenceKey
+from spotserve.runtime.kv_store import KvStore
 from spotserve.runtime.transfer import TransferReply
 from spotserve.runtime.weights import WeightStore
 
@@ -104,7 +105,7 @@ class TransferSource:
         *key, index, tokens = block
         try:
             exported = kv.export_block(
-                SequenceKey(*cast("tuple[str, int, int]", key)),
+                SequenceKey(*cast("tuple[RequestId, int, int]", key)),
                 index,
                 layers=request.layers,
                 kv_heads=request.kv_heads,

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from spotserve.core.batching import SequenceKey
 from spotserve.core.slices import Shard, kv_head_range, layer_split, shard_slices, stage_shard
 from spotserve.core.spec import ModelSpec
 from spotserve.runtime.checkpoint import TORCH_DTYPES, Checkpoint
-from spotserve.runtime.kv_store import KvStore, SequenceKey
+from spotserve.runtime.kv_store import KvStore
 from spotserve.runtime.model_table import describe_model
 from spotserve.runtime.stage_model import BatchSequence, StageBatch, StageModel
 from spotserve.runtime.weights import WeightStore

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from spotserve.core.batching import SequenceKey
 from spotserve.core.ids import ReplicaId, RequestId
 from spotserve.core.plan import KvRoute
 from spotserve.core.wire import ChoicePosition
 from spotserve.errors import TransferError
 from spotserve.runtime.kv_migration import IncomingKv, KvFollower, Peer, Rectangle
-from spotserve.runtime.kv_store import KvStore, OutOfBlocks, SequenceKey
+from spotserve.runtime.kv_store import KvStore, OutOfBlocks
 from spotserve.runtime.transfer import TransferInterruptedError
 from spotserve.runtime.transfer_source import LocalPeer, TransferSource
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from spotserve.core.batching import SequenceKey
 from spotserve.errors import InvariantError
-from spotserve.runtime.kv_store import KvStore, OutOfBlocks, SequenceKey, slots_of
+from spotserve.runtime.kv_store import KvStore, OutOfBlocks, slots_of
 from tests.runtime.models import key_of
 
 

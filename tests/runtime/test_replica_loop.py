@@ -13,7 +13,7 @@ from typing import TypeVar
 import pytest
 import torch
 
-from spotserve.core.batching import BatchLimits
+from spotserve.core.batching import BatchLimits, SequenceKey
 from spotserve.core.ids import ReplicaId, RequestId
 from spotserve.core.sampling import SamplingParameters
 from spotserve.core.slices import layer_split, stage_shard
@@ -30,7 +30,6 @@ from spotserve.core.wire import (
 )
 from spotserve.runtime.holdings import Holdings, Position
 from spotserve.runtime.kv_migration import Rectangle
-from spotserve.runtime.kv_store import SequenceKey
 from spotserve.runtime.leader import Leader, ReplicaEndedError
 from spotserve.runtime.mesh import MeshListener, join
 from spotserve.runtime.model_table import describe_model
