@@ -522,6 +522,11 @@ def _link_cap() -> float | None:
     return None if cap is None else float(cap)
 
 
+def _least_iteration_s() -> float:
+    """Seconds that a micro-batch takes at least, if a person wants the pace of a slower GPU."""
+    return float(os.environ.get("SPOTSERVE_ITERATION_S", "0"))
+
+
 def _as_capped(profile: Profile) -> Profile:
     """The profile with links no faster than they are held to: plans must not count on what the workers will not do."""
     cap = _link_cap()
@@ -590,6 +595,7 @@ def _worker_args(
 def _greeter(options: RunOptions, spec: ServingSpec, folder: Path, term: int, controller: Controller) -> Any:
     """Welcomes workers of instances that the controller asked for, refuses all others."""
     cap = _link_cap()
+    least_iteration_s = _least_iteration_s()
 
     def greet(register: wire.Register) -> wire.Welcome | wire.Refused:
         known = controller.state.instances.get(register.instance)
@@ -600,6 +606,7 @@ def _greeter(options: RunOptions, spec: ServingSpec, folder: Path, term: int, co
             spec=spec,
             model_path=str(folder.resolve()),
             link_bytes_per_s=cap,
+            least_iteration_s=least_iteration_s,
             orphan_timeout_s=options.orphan_timeout_s,
         )
 

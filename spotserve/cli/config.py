@@ -23,8 +23,8 @@ from spotserve.errors import SpecError
 
 ENVIRONMENT_PREFIX = "SPOTSERVE_"
 OTHER_VARIABLES = frozenset(
-    {"URL", "CONFIG", "FORKSERVER", "PROFILE_CACHE", "LINK_BYTES_PER_S", "FAILPOINT", "FAILPOINTS"}
-    | {"SHARED", "REQUIRE_DATA"}
+    {"URL", "CONFIG", "FORKSERVER", "PROFILE_CACHE", "LINK_BYTES_PER_S", "ITERATION_S"}
+    | {"FAILPOINT", "FAILPOINTS", "SHARED", "REQUIRE_DATA"}
 )
 """`SPOTSERVE_*` variables that are no settings of the daemon."""
 

@@ -146,6 +146,8 @@ class Welcome(Frozen):
     model_path: str
     link_bytes_per_s: float | None = None
     """Cap on this worker's transfer traffic, each direction (benchmarks); None is uncapped."""
+    least_iteration_s: float = 0.0
+    """What a micro-batch takes at least (tests: the pace of a slower GPU, alike on every machine); 0 is full speed."""
     orphan_timeout_s: float = 60.0
 
 

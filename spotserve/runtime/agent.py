@@ -129,6 +129,7 @@ class Agent:
         self._outcomes = Outcomes()
         self._failpoint = Failpoint.from_environment(settings.worker)
         self._upload, self._download = LinkCap(), LinkCap()
+        self._least_iteration_s = 0.0
         self._meshes = MeshListener(settings.host)
         self._transfers = TransferServer(settings.host, self._upload)
         self._source = TransferSource(weights=self._weights, kv=self._kv_of)
@@ -198,6 +199,7 @@ class Agent:
             return
         self._upload.set(welcome.link_bytes_per_s)
         self._download.set(welcome.link_bytes_per_s)
+        self._least_iteration_s = welcome.least_iteration_s
         log.info("welcomed", term=welcome.term, worker=self._settings.worker)
         if self._notice.is_set():
             self._link.send(SelfNotice(grace_s=SELF_NOTICE_S))
@@ -473,7 +475,9 @@ class Agent:
             raise InvariantError(f"{len(missing)} weight slices are missing, the first is {missing[0]}")
         runner = held.build(position)
         if position.place.is_leader:
-            leader = Leader(runner, self._limits(position), self._link.send)
+            leader = Leader(
+                runner, self._limits(position), self._link.send, least_iteration_s=self._least_iteration_s
+            )
             # Before it starts, so that nothing is scheduled before the ranks took over what was copied in.
             leader.admit(command.requests, is_exclusive=True)
             position.loop = leader

@@ -92,8 +92,17 @@ class _Mail:
 class Leader(ReplicaLoop):
     """Schedules, commits and speaks for the replica. Public methods may be called from any thread."""
 
-    def __init__(self, runner: StageRunner, limits: BatchLimits, send: Callable[[WorkerMessage], None]) -> None:
+    def __init__(
+        self,
+        runner: StageRunner,
+        limits: BatchLimits,
+        send: Callable[[WorkerMessage], None],
+        *,
+        least_iteration_s: float = 0.0,
+    ) -> None:
         super().__init__(runner, send)
+        self._least_iteration_s = least_iteration_s
+        self._next_issue_s = 0.0
         self._batcher = Batcher(limits)
         self._choices: dict[tuple[RequestId, int], _Choice] = {}
         self._mailbox: queue.SimpleQueue[_Mail] = queue.SimpleQueue()
@@ -214,6 +223,8 @@ class Leader(ReplicaLoop):
 
     def _issue(self, batch: MicroBatch) -> None:
         """Send a micro-batch round and compute our own stage of it."""
+        if self._least_iteration_s:
+            self._keep_pace()
         run = self._describe(batch)
         self._tell(run)
         self._batches[batch.number] = batch
@@ -222,6 +233,11 @@ class Leader(ReplicaLoop):
             self._commit(Sampled(batch.number, tokens))
         elif self.place.pipeline == 1:
             raise InvariantError("the leader of a one-stage replica did not sample")
+
+    def _keep_pace(self) -> None:
+        """Sleep for what the last micro-batch lacks of the least time one takes."""
+        time.sleep(max(0.0, self._next_issue_s - time.monotonic()))
+        self._next_issue_s = time.monotonic() + self._least_iteration_s
 
     def _describe(self, batch: MicroBatch) -> Run:
         items = []

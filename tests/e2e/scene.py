@@ -25,6 +25,10 @@ PROMPTS = ("The for statement", "A dictionary is", "class Example:", "To import 
 LAUNCHED = re.compile(r"instance_launched .*instance=(i\d+) process_group=(\d+)")
 PATIENCE_S = 120.0
 
+PACED = {"SPOTSERVE_LINK_BYTES_PER_S": "4000000", "SPOTSERVE_ITERATION_S": "0.006"}
+"""Links so slow that the weights of one stage take about a second, so that a migration can be met on its way, and an
+iteration of a length that every machine keeps, so that the streams outlast such a migration."""
+
 
 class Scene:
     """One daemon, four streams whose undisturbed tokens are known, and its failpoints.

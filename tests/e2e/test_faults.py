@@ -10,18 +10,17 @@ from collections.abc import Iterator
 import httpx2 as httpx
 import pytest
 
-from tests.e2e.scene import PROMPTS, Scene, members_of, playing, rarely
+from spotserve.app import BUILTIN_MODEL
+from tests.e2e.models import write_profile
+from tests.e2e.scene import PACED, PROMPTS, Scene, members_of, playing, rarely
 
 pytestmark = pytest.mark.e2e
-
-LINK_BYTES_PER_S = 2_000_000
-"""So slow that the weights of one stage take about two seconds: a migration can be met on its way."""
 
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory, daemon_environment: dict[str, str]) -> Iterator[Scene]:
     """One replica of two stages, three spare instances, slow links."""
-    env = {**daemon_environment, "SPOTSERVE_LINK_BYTES_PER_S": str(LINK_BYTES_PER_S)}
+    env = {**daemon_environment, **PACED}
     args = ("--instances", "5", "--gpu-memory", "24MiB", "-dp", "1", "-pp", "2", "-tp", "1")
     with playing(tmp_path_factory.mktemp("faults"), *args, env=env) as scene:
         yield scene
@@ -203,9 +202,14 @@ def test_sigterm_to_an_instance_is_a_notice(scene: Scene) -> None:
 
 @pytest.fixture(scope="module")
 def tight(tmp_path_factory: pytest.TempPathFactory, daemon_environment: dict[str, str]) -> Iterator[Scene]:
-    """The built-in default: four GPUs of 6 MiB, all in use, little room for two generations at once."""
-    env = {**daemon_environment, "SPOTSERVE_LINK_BYTES_PER_S": str(LINK_BYTES_PER_S)}
-    with playing(tmp_path_factory.mktemp("tight"), env=env) as scene:
+    """The built-in default: four GPUs of 6 MiB, all in use, little room for two generations at once.
+
+    Planned with a made-up profile: one that was measured gives fewer, roomier replicas on some machines.
+    """
+    folder = tmp_path_factory.mktemp("tight")
+    write_profile(BUILTIN_MODEL, folder / "profiles")
+    env = {**daemon_environment, **PACED, "SPOTSERVE_PROFILE_CACHE": str(folder / "profiles")}
+    with playing(folder, env=env) as scene:
         yield scene
 
 

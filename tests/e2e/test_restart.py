@@ -11,7 +11,7 @@ import pytest
 
 from spotserve.core.controller import Entry
 from tests.e2e.daemon import Stream
-from tests.e2e.scene import Scene, clear, members_of, playing, rarely, until
+from tests.e2e.scene import PACED, Scene, clear, members_of, playing, rarely, until
 
 pytestmark = pytest.mark.e2e
 
@@ -22,7 +22,7 @@ ROOMY += ("--orphan-timeout", "60")
 @pytest.fixture(scope="module")
 def lasting(tmp_path_factory: pytest.TempPathFactory, daemon_environment: dict[str, str]) -> Iterator[Scene]:
     """One replica of two stages, two spare instances, slow links."""
-    env = {**daemon_environment, "SPOTSERVE_LINK_BYTES_PER_S": "2000000"}
+    env = {**daemon_environment, **PACED}
     with playing(tmp_path_factory.mktemp("restart"), *ROOMY, env=env, max_tokens=400) as scene:
         yield scene
 
