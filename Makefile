@@ -6,6 +6,7 @@
 #   ARGS         further arguments of `make run`
 #   JOBS         test processes of `make quick`
 #   PYTEST_ARGS  further arguments of every pytest run
+#   MATRIX_ARGS  further arguments of `make test-all`: --only family=llama, --jobs 4, --retry, --fresh
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -13,6 +14,7 @@ PORT ?=
 ARGS ?=
 JOBS ?= 2
 PYTEST_ARGS ?=
+MATRIX_ARGS ?=
 
 # One thread per torch process: bit-equal sums, and no oversubscription with several workers on one machine.
 export OMP_NUM_THREADS = 1
@@ -29,6 +31,7 @@ help:
 	@echo "make setup     create .venv and install everything ($(STAMP) tells when)"
 	@echo "make run       start the daemon: make run ARGS=\"MODEL --instances 4\" PORT=8000"
 	@echo "make test      every test but the slow ones, which are: make test PYTEST_ARGS='-m slow'"
+	@echo "make test-all  the matrix: families x degrees x disturbances x dtypes; goes on where it was interrupted"
 	@echo "make check     lint, types, import walk, then make test"
 	@echo "make quick     lint, types, import walk, unit and virtual-world tests; at most 90 s"
 
@@ -73,9 +76,8 @@ quick: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python docs/draw_lifecycles.py
 
-test-all:
-	@echo "make test-all is not there yet: the grid of degrees, disturbances and dtypes comes with the other model families; make test and make test PYTEST_ARGS='-m slow' run every test there is" >&2
-	@exit 1
+test-all: $(STAMP)
+	$(BIN)/python -m tests.matrix run $(MATRIX_ARGS)
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

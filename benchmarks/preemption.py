@@ -255,12 +255,12 @@ def _num_ready(status: Mapping[str, Any]) -> int:
     return sum(instance["state"] == "ready" for instance in status["instances"])
 
 
-def circumstances() -> dict[str, Any]:
-    """What the numbers depend on beside the code."""
+def circumstances(module: str = "benchmarks.preemption") -> dict[str, Any]:
+    """What the numbers of a benchmark depend on beside the code."""
     import torch
 
     return {
-        "command": " ".join(["python -m benchmarks.preemption", *sys.argv[1:]]),
+        "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted_files": len(_git("status", "--porcelain", "--", "spotserve", "benchmarks/*.py").splitlines()),
         "processor": _processor(),

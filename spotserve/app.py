@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 
@@ -32,12 +32,12 @@ from spotserve.core.controller import Controller
 from spotserve.core.ids import InstanceId, RequestId
 from spotserve.core.loop import run as run_loop
 from spotserve.core.options import RunOptions
-from spotserve.core.plan import Plan
-from spotserve.core.ports import ChoiceDelta, NewRequest, RequestView
+from spotserve.core.plan import CopyWeights, LoadWeights, Plan
+from spotserve.core.ports import ChoiceDelta, NewRequest, Progress, RequestView
 from spotserve.core.service import service_state
 from spotserve.core.sizing import size_limits
 from spotserve.core.snapshot import RequestProgress, Snapshot
-from spotserve.core.spec import Limits, ModelSpec, Profile, ServingSpec
+from spotserve.core.spec import Limits, ModelSpec, Profile, ServingSpec, weight_copies
 from spotserve.core.state import ClusterState, world_of
 from spotserve.core.status import service_status
 from spotserve.errors import (
@@ -50,11 +50,13 @@ from spotserve.errors import (
 )
 from spotserve.log import configure_logging, get_logger
 from spotserve.runtime.architecture import read_architecture
-from spotserve.runtime.checkpoint_header import validate_checkpoint
+from spotserve.runtime.checkpoint_header import CheckpointLayout, validate_checkpoint
 from spotserve.runtime.failpoints import failpoint_variables
 from spotserve.runtime.forkserver_client import ForkServer, ForkServerError
 from spotserve.runtime.instance import default_memory_bytes
 from spotserve.runtime.live_world import LiveWorld
+from spotserve.runtime.model_manifest import ModelManifest, check_unchanged, read_manifest, resolve_manifest
+from spotserve.runtime.model_source import ModelSource, resolve_model
 from spotserve.runtime.profiles import answer_of, profile_of, write_whole
 from spotserve.runtime.switchboard import Switchboard
 from spotserve.solvers.planner_process import PlannerProcess
@@ -63,7 +65,10 @@ from spotserve.store.ledger import Ledger, Owner
 from spotserve.store.state_dir import StateDir
 
 BUILTIN_MODEL = Path(__file__).parent / "builtin"
+BUILTIN_NAME = "spotserve-builtin"
 BUILTIN_GPU_MEMORY_BYTES = 6 * 1024 * 1024
+MANIFEST_NAME = "model-manifest.json"
+"""In the state dir: what was served from it last."""
 REJOIN_S = 8.0
 """How long a restarted coordinator waits for the workers of its predecessor."""
 LOAD_WINDOW_S = 30.0
@@ -74,49 +79,91 @@ SNAPSHOT_ENTRIES = 2000
 log = get_logger("daemon")
 
 
-def serve(options: RunOptions) -> int:
-    """Run a daemon until it is stopped; returns the exit code."""
-    configure_logging(options.log_format)
+def serve(options: RunOptions, progress: Progress, log_stream: TextIO | None = None) -> int:
+    """Run a daemon until it is stopped; returns the exit code.
+
+    Args:
+        options: what a person said.
+        progress: is told how the start goes.
+        log_stream: where logs go; None is stderr.
+    """
+    configure_logging(options.log_format, stream=log_stream)
     check_exposure(options.host, options.api_key)
-    return asyncio.run(_serve(options))
+    # What may take minutes is done before there is an event loop, so that Ctrl-C ends it at once.
+    inputs = _checked(options, progress)
+    with inputs.listener, StateDir(Path(options.state_dir), fresh=options.fresh) as state_dir:
+        manifest = _manifest(options, inputs.layout, state_dir, progress)
+        return asyncio.run(_serve(options, inputs, manifest, state_dir, progress))
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """What a person gave, read and found good while nothing was started and nothing written yet."""
 
-    folder: Path
+    layout: CheckpointLayout
+    model_name: str
+    served_name: str
+    """What clients call the model."""
     codec: TextCodec | None
     defaults: GenerationDefaults
     trace: Trace | None
     listener: socket.socket
     """Owns the HTTP address; listened on when the front door opens."""
 
-
-async def _serve(options: RunOptions) -> int:
-    inputs = _checked(options)
-    with inputs.listener, StateDir(Path(options.state_dir), fresh=options.fresh) as state_dir:
-        daemon = await Daemon.build(options, inputs, state_dir)
-        return await daemon.run()
+    @property
+    def folder(self) -> Path:
+        """The model's folder."""
+        return self.layout.folder
 
 
-def _checked(options: RunOptions) -> Inputs:
-    """Read what was given, the cheapest first. Raises SpecError, ModelError or PortError."""
-    folder = Path(options.model) if options.model is not None else BUILTIN_MODEL
+async def _serve(
+    options: RunOptions, inputs: Inputs, manifest: ModelManifest, state_dir: StateDir, progress: Progress
+) -> int:
+    daemon = await Daemon.build(options, inputs, manifest, state_dir, progress)
+    return await daemon.run()
+
+
+def _checked(options: RunOptions, progress: Progress) -> Inputs:
+    """Read what was given, the cheapest first. Raises SpecError, ModelError, HubError or PortError."""
     check_capacity(
         options.instances * options.gpus_per_instance,
         num_cores=os.cpu_count() or 1,
         free_bytes=psutil.virtual_memory().available,
     )
-    validate_checkpoint(folder)
-    read_architecture(folder)
-    return Inputs(
-        folder=folder,
-        codec=TextCodec.load(folder),
-        defaults=GenerationDefaults.load(folder),
-        trace=None if options.trace is None else read_trace(Path(options.trace), living=options.instances),
-        listener=bind(options.host, options.port),
+    trace = None if options.trace is None else read_trace(Path(options.trace), living=options.instances)
+    with contextlib.ExitStack() as undo:
+        listener = undo.enter_context(bind(options.host, options.port))
+        source = ModelSource(BUILTIN_MODEL, BUILTIN_MODEL.name)
+        if options.model is not None:
+            source = resolve_model(options.model, progress)
+        layout = validate_checkpoint(source.folder)
+        read_architecture(source.folder)
+        inputs = Inputs(
+            layout=layout,
+            model_name=source.name,
+            served_name=options.served_model_name or (BUILTIN_NAME if options.model is None else source.name),
+            codec=TextCodec.load(source.folder),
+            defaults=GenerationDefaults.load(source.folder),
+            trace=trace,
+            listener=listener,
+        )
+        undo.pop_all()
+    return inputs
+
+
+def _manifest(options: RunOptions, layout: CheckpointLayout, state_dir: StateDir, progress: Progress) -> ModelManifest:
+    """The hash of every file that is served from, compared with what this state dir served before."""
+    manifest = resolve_manifest(
+        layout, cache=_profile_cache(state_dir), progress=progress, hash_again=options.verify_weights
     )
+    if not options.fresh:
+        check_unchanged(read_manifest(state_dir.path / MANIFEST_NAME), manifest, layout.folder)
+    return manifest
+
+
+def _profile_cache(state_dir: StateDir) -> Path:
+    """The folder of what is found out about models once and kept."""
+    return Path(os.environ.get("SPOTSERVE_PROFILE_CACHE", state_dir.path / "profiles"))
 
 
 class Daemon:
@@ -136,6 +183,7 @@ class Daemon:
         forkserver: ForkServer,
         planner: PlannerProcess,
         inputs: Inputs,
+        progress: Progress,
         continued: bool,
     ) -> None:
         self.options = options
@@ -149,6 +197,7 @@ class Daemon:
         self._forkserver = forkserver
         self._planner = planner
         self._inputs = inputs
+        self._progress = progress
         self._continued = continued
         self._arrivals: deque[float] = deque()
         self._submitting = 0
@@ -159,21 +208,30 @@ class Daemon:
     # Building
 
     @classmethod
-    async def build(cls, options: RunOptions, inputs: Inputs, state_dir: StateDir) -> Daemon:
+    async def build(
+        cls, options: RunOptions, inputs: Inputs, manifest: ModelManifest, state_dir: StateDir, progress: Progress
+    ) -> Daemon:
         """Bring up everything but the workers; nothing is left half-started when this raises."""
         async with contextlib.AsyncExitStack() as undo:
-            daemon = await cls._build(options, inputs, state_dir, undo)
+            daemon = await cls._build(options, inputs, manifest, state_dir, progress, undo)
             undo.pop_all()
         return daemon
 
     @classmethod
     async def _build(
-        cls, options: RunOptions, inputs: Inputs, state_dir: StateDir, undo: contextlib.AsyncExitStack
+        cls,
+        options: RunOptions,
+        inputs: Inputs,
+        manifest: ModelManifest,
+        state_dir: StateDir,
+        progress: Progress,
+        undo: contextlib.AsyncExitStack,
     ) -> Daemon:
-        forkserver, spec = await _forked_and_measured(options, inputs.folder, state_dir)
+        forkserver, spec = await _forked_and_measured(options, inputs, state_dir)
         undo.push_async_callback(asyncio.to_thread, forkserver.close)
         opened = state_dir.open_journal(model_digest=spec.model.digest, dtype=spec.model.dtype, now_unix_s=time.time())
         undo.callback(opened.journal.close)
+        write_whole(state_dir.path / MANIFEST_NAME, canonical_json(manifest))
         controller, began_s = _folded(opened.journal, opened.continued)
         if controller.state.spec is not None:
             if controller.state.spec != spec:
@@ -187,7 +245,7 @@ class Daemon:
         switchboard = Switchboard(
             secret=state_dir.secret(),
             term=state_dir.term,
-            greet=_greeter(options, spec, inputs.folder, state_dir.term, controller),
+            greet=_greeter(options, spec, inputs.folder, manifest, state_dir.term, controller),
         )
         await switchboard.start("127.0.0.1", state_dir.worker_port())
         undo.push_async_callback(switchboard.stop)
@@ -221,6 +279,7 @@ class Daemon:
             forkserver=forkserver,
             planner=planner,
             inputs=inputs,
+            progress=progress,
             continued=opened.continued and controller.state.spec is not None,
         )
         if inputs.trace is not None:
@@ -288,7 +347,7 @@ class Daemon:
         self._world.adopt(num_instances=self.options.instances)
 
     async def _serve_http(self) -> None:
-        info = _model_info(self.options, self.spec, self._inputs)
+        info = _model_info(self.spec, self._inputs)
         app = build_app(self, self, self._inputs.codec, info, api_key=self.options.api_key)
         started = asyncio.create_task(self._announce())
         try:
@@ -301,9 +360,24 @@ class Daemon:
 
     async def _announce(self) -> None:
         while not (self.url and self.ready):
+            self._show_start()
             await asyncio.sleep(0.02)
+        self._progress.end()
         sys.stdout.write(f"ready {self.url}\n")
         sys.stdout.flush()
+
+    def _show_start(self) -> None:
+        """Tell how far the first placement is: instances first, then their weights, step by step."""
+        state = self._controller.state
+        moves = (
+            [] if state.run is None else [s for s in state.run.plan.steps if isinstance(s, CopyWeights | LoadWeights)]
+        )
+        if state.run is not None and moves:
+            done = sum(step.bytes for step in moves if state.run.steps[step.id] == "done")
+            self._progress.show("load", done, sum(step.bytes for step in moves))
+        elif self.options.instances:
+            joined = sum(1 for instance in state.living() if instance.state in ("ready", "doomed"))
+            self._progress.show("join", min(joined, self.options.instances), self.options.instances)
 
     async def _periodic(self) -> None:
         """Load, expiry and fold snapshots."""
@@ -375,7 +449,8 @@ class Daemon:
             request=new.request,
             prompt_tokens=len(new.prompt_ids),
             num_choices=new.num_choices,
-            sampling=new.sampling,
+            # Which tokens a client favours is content: it stays in the ledger.
+            sampling=new.sampling.model_copy(update={"logit_bias": ()}),
             timeout_s=new.timeout_s,
         )
 
@@ -489,18 +564,20 @@ async def _first_end(vital: Sequence[asyncio.Task[None]], others: Sequence[async
 
 
 async def _forked_and_measured(
-    options: RunOptions, folder: Path, state_dir: StateDir
+    options: RunOptions, inputs: Inputs, state_dir: StateDir
 ) -> tuple[ForkServer, ServingSpec]:
     """The forkserver, and what is served: parameter table and profile, each made once by a short process and kept.
 
     What can be refused is refused before the forkserver starts, which takes seconds.
     """
-    cache = Path(os.environ.get("SPOTSERVE_PROFILE_CACHE", state_dir.path / "profiles"))
-    model = await asyncio.to_thread(_described, folder, options.dtype, cache)
+    cache, folder = _profile_cache(state_dir), inputs.folder
+    model = await asyncio.to_thread(_described, inputs, options.dtype, cache)
     limits = _limits(options, model)
     forking = asyncio.create_task(asyncio.to_thread(ForkServer.start, log=state_dir.logs_path / "forkserver.log"))
     try:
-        profile = await asyncio.to_thread(profile_of, folder, device=options.device, dtype=options.dtype, cache=cache)
+        profile = await asyncio.to_thread(
+            profile_of, folder, device=options.device, dtype=options.dtype, linear=options.linear, cache=cache
+        )
     except BaseException:
         with contextlib.suppress(ForkServerError):
             await asyncio.to_thread((await forking).close)
@@ -512,6 +589,7 @@ async def _forked_and_measured(
         policy=options.policy,
         solvers=options.solvers,
         deterministic=options.deterministic,
+        linear=options.linear,
     )
     return await forking, spec
 
@@ -549,18 +627,22 @@ def _limits(options: RunOptions, model: ModelSpec) -> Limits:
         max_model_len=max_model_len,
         max_running=options.max_num_seqs,
         degrees=(options.data, options.pipeline, options.tensor),
+        weight_copies=weight_copies(options.linear),
     )
 
 
-def _described(folder: Path, dtype: str | None, cache: Path) -> ModelSpec:
+def _described(inputs: Inputs, dtype: str | None, cache: Path) -> ModelSpec:
     """The parameter table from a process that may import transformers; kept by the checkpoint's digest."""
-    key = validate_checkpoint(folder).digest.removeprefix("sha256:")[:32]
+    key = inputs.layout.digest.removeprefix("sha256:")[:32]
     kept = cache / f"model-{key}-{dtype or 'stored'}.json"
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        return ModelSpec.model_validate_json(kept.read_text(encoding="utf-8"))
-    answer = answer_of("spotserve.runtime.describe", folder, dtype=dtype)
-    write_whole(kept, answer)
-    return ModelSpec.model_validate_json(answer)
+    try:
+        described = ModelSpec.model_validate_json(kept.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        answer = answer_of("spotserve.runtime.describe", inputs.folder, dtype=dtype)
+        write_whole(kept, answer)
+        described = ModelSpec.model_validate_json(answer)
+    # Another folder with the same files may have been described first.
+    return described.model_copy(update={"name": inputs.model_name})
 
 
 def _gpu_memory_bytes(options: RunOptions) -> int:
@@ -592,10 +674,14 @@ def _worker_args(
     )
 
 
-def _greeter(options: RunOptions, spec: ServingSpec, folder: Path, term: int, controller: Controller) -> Any:
+def _greeter(
+    options: RunOptions, spec: ServingSpec, folder: Path, manifest: ModelManifest, term: int, controller: Controller
+) -> Any:
     """Welcomes workers of instances that the controller asked for, refuses all others."""
     cap = _link_cap()
     least_iteration_s = _least_iteration_s()
+    # Without its identity a worker takes no file on trust.
+    files = [file.model_copy(update={"identity": None}) if options.verify_weights else file for file in manifest.files]
 
     def greet(register: wire.Register) -> wire.Welcome | wire.Refused:
         known = controller.state.instances.get(register.instance)
@@ -605,6 +691,7 @@ def _greeter(options: RunOptions, spec: ServingSpec, folder: Path, term: int, co
             term=term,
             spec=spec,
             model_path=str(folder.resolve()),
+            model_files=tuple(files),
             link_bytes_per_s=cap,
             least_iteration_s=least_iteration_s,
             orphan_timeout_s=options.orphan_timeout_s,
@@ -627,12 +714,9 @@ def _folded(journal: Journal, continued: bool) -> tuple[Controller, float]:
     return controller, max(journal.last_at_s, time.time() - journal.identity.created_unix_s)
 
 
-def _model_info(options: RunOptions, spec: ServingSpec, inputs: Inputs) -> ModelInfo:
-    name = options.served_model_name
-    if name is None:
-        name = "spotserve-builtin" if options.model is None else inputs.folder.resolve().name
+def _model_info(spec: ServingSpec, inputs: Inputs) -> ModelInfo:
     return ModelInfo(
-        name=name,
+        name=inputs.served_name,
         vocab_size=spec.model.vocab_size,
         max_model_len=spec.limits.max_model_len,
         created_unix_s=int(time.time()),

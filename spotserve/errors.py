@@ -39,6 +39,12 @@ class ModelError(SpecError):
     code = "SPS-110"
 
 
+class HubError(SpotServeError):
+    """The model hub cannot be reached, or what it sent cannot be kept."""
+
+    code = "SPS-111"
+
+
 class RequestError(SpecError):
     """A generation request is malformed or out of bounds (HTTP 400)."""
 

@@ -109,3 +109,27 @@ def small_spec(**limits: int) -> ServingSpec:
         profile=profile,
         limits=Limits.model_validate({"max_model_len": 256, "max_running": 8, **limits}),
     )
+
+
+def with_experts(model: ModelSpec, *, num_experts: int = 4) -> ModelSpec:
+    """The same model with a mixture of experts for its MLP: parameters of three dimensions, one of two segments."""
+    width, hidden = model.axis("mlp").size, model.hidden_size
+    segments = (Segment(offset=0, axis="mlp", unit=1), Segment(offset=width, axis="mlp", unit=1))
+    gate_up = Parameter(
+        name="model.layers.{layer}.mlp.experts.gate_up_proj",
+        shape=(num_experts, 2 * width, hidden),
+        kind="packed_col",
+        dim=1,
+        segments=segments,
+        stage="layer",
+    )
+    down = Parameter(
+        name="model.layers.{layer}.mlp.experts.down_proj",
+        shape=(num_experts, hidden, width),
+        kind="row",
+        dim=2,
+        segments=segments[:1],
+        stage="layer",
+    )
+    others = tuple(each for each in model.parameters if ".mlp." not in each.name)
+    return model.model_copy(update={"parameters": (*others, gate_up, down)})

@@ -12,9 +12,17 @@ from pathlib import Path
 import pytest
 
 from spotserve.api.protocol import ReceiptBounds
-from spotserve.api.validation import MAX_CHOICES, MAX_PROMPTS, MAX_STOP_CHARS, MAX_STOPS
+from spotserve.api.validation import (
+    MAX_CHOICES,
+    MAX_COMPLETION_LOGPROBS,
+    MAX_PROMPTS,
+    MAX_SCORED_PROMPT_TOKENS,
+    MAX_STOP_CHARS,
+    MAX_STOPS,
+)
 from spotserve.cloud.local import MAX_WORKERS_PER_CORE, WORKER_BYTES
 from spotserve.core.options import POLICY_NAMES, RunOptions
+from spotserve.core.sampling import MAX_BIAS, MAX_BIASED_TOKENS, MAX_TOP_LOGPROBS
 from spotserve.runtime.architecture import ARCHITECTURES
 from spotserve.store.ledger import RETENTION_S
 from tests.e2e.daemon import SPOTSERVE, RunningDaemon, running
@@ -103,6 +111,10 @@ def test_limits_are_those_of_the_code() -> None:
         "choices of a request (`n`)": f"{MAX_CHOICES}",
         "prompts of a completion": f"{MAX_PROMPTS}",
         "stop strings": f"{MAX_STOPS} of {MAX_STOP_CHARS} characters",
+        "`logit_bias`": f"{MAX_BIASED_TOKENS} token ids, each from -{MAX_BIAS:.0f} to {MAX_BIAS:.0f}",
+        "`logprobs`": f"the {MAX_COMPLETION_LOGPROBS} likeliest of each token of a completion, `top_logprobs` "
+        f"{MAX_TOP_LOGPROBS} in a chat",
+        "a prompt echoed with logprobs": f"{MAX_SCORED_PROMPT_TOKENS} tokens",
         "body of a request": f"{ReceiptBounds().body_bytes >> 20} MiB",
         "ended requests can be fetched": f"for {RETENTION_S / 60:.0f} minutes",
     }

@@ -16,6 +16,7 @@ from spotserve.api.text import StopJudge
 from spotserve.core.ids import InstanceId, RequestId
 from spotserve.core.plan import Plan
 from spotserve.core.ports import ChoiceDelta, ChoiceView, NewRequest, RequestView
+from spotserve.core.sampling import RankedToken, SamplingParameters, TokenLogprobs
 from spotserve.core.snapshot import InstanceView, Snapshot, World
 from spotserve.core.wire import FinishReason
 from spotserve.errors import NotServingError, PlanRefusedError, QueueFullError, UnknownInstanceError
@@ -110,11 +111,17 @@ class FakeFrontdoor:
             state.changed.clear()
             for index, choice in enumerate(state.choices):
                 fresh = tuple(choice.token_ids[sent[index] :])
+                prompt = state.new.prompt_ids if sent[index] == 0 else ()
                 if ended[index] or not (fresh or choice.finish_reason):
                     continue
                 ended[index] = choice.finish_reason is not None
                 yield ChoiceDelta(
-                    choice=index, position=sent[index], token_ids=fresh, finish_reason=choice.finish_reason
+                    choice=index,
+                    position=sent[index],
+                    token_ids=fresh,
+                    finish_reason=choice.finish_reason,
+                    logprobs=_logprobs(state.new.sampling, fresh, sent[index]),
+                    prompt_logprobs=_prompt_logprobs(state.new.sampling, prompt),
                 )
                 sent[index] += len(fresh)
             if not all(ended) and not self.ends_watches:
@@ -135,9 +142,16 @@ class FakeFrontdoor:
             state=state.state,
             created_unix_s=state.created_unix_s,
             prompt_ids=state.new.prompt_ids,
+            sampling=state.new.sampling,
             stop=state.new.stop,
             choices=tuple(
-                ChoiceView(choice=index, token_ids=tuple(choice.token_ids), finish_reason=choice.finish_reason)
+                ChoiceView(
+                    choice=index,
+                    token_ids=tuple(choice.token_ids),
+                    finish_reason=choice.finish_reason,
+                    logprobs=_logprobs(state.new.sampling, choice.token_ids, 0),
+                    prompt_logprobs=_prompt_logprobs(state.new.sampling, state.new.prompt_ids),
+                )
                 for index, choice in enumerate(state.choices)
             ),
             error=state.error,
@@ -174,7 +188,7 @@ class FakeFrontdoor:
             if fresh[-1] in sampling.stop_token_ids and not sampling.ignore_eos:
                 choice.finish_reason = "stop"
                 break
-        kept = self._judge(request.new.stop, choice.token_ids, fresh)
+        kept = self._judge(request.new.stop, choice.token_ids, fresh, sampling.min_tokens)
         if kept is not None:
             fresh, choice.finish_reason = fresh[:kept], "stop"
         choice.token_ids.extend(fresh)
@@ -188,6 +202,18 @@ class FakeFrontdoor:
         for choice in request.choices:
             choice.finish_reason = choice.finish_reason or reason
         request.changed.set()
+
+
+def _logprobs(sampling: SamplingParameters, token_ids: Sequence[int], position: int) -> tuple[TokenLogprobs, ...]:
+    """Made-up logprobs that tell token and position."""
+    if sampling.logprobs is None:
+        return ()
+    top = tuple(RankedToken(token_id, -1.0 - token_id) for token_id in range(5, 5 + sampling.logprobs))
+    return tuple(TokenLogprobs(-token_id - at / 1000, top) for at, token_id in enumerate(token_ids, position))
+
+
+def _prompt_logprobs(sampling: SamplingParameters, prompt_ids: tuple[int, ...]) -> tuple[TokenLogprobs, ...]:
+    return _logprobs(sampling, prompt_ids, 0)[1:] if sampling.prompt_logprobs else ()
 
 
 class FakeAdministration:

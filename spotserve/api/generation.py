@@ -11,15 +11,15 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from spotserve.api.choice import ChoiceFold, Kind, Piece
 from spotserve.api.errors import HttpError
 from spotserve.api.metrics import Metrics
 from spotserve.api.streaming import DeltaFeed, EventStreamResponse, IndexedDelta, Watched, event, watch_disconnect
-from spotserve.api.text import ChoiceText
 from spotserve.api.tokenizer import TextCodec
 from spotserve.api.validation import (
     DEFAULT_COMPLETION_TOKENS,
@@ -39,8 +39,6 @@ from spotserve.core.ids import RequestId
 from spotserve.core.ports import Frontdoor, NewRequest
 from spotserve.core.sampling import SamplingParameters
 from spotserve.errors import InvariantError, RequestError
-
-Kind = Literal["completion", "chat"]
 
 _LARGE_BODY_BYTES = 128 << 10
 """Bodies from here on are parsed in a thread, so that they do not hold up everybody's tokens."""
@@ -64,7 +62,7 @@ class GenerationEndpoints:
         """POST /v1/completions."""
         fields = await _read_fields(request)
         read_model(fields, self._model)
-        wishes = read_wishes(fields, self._model, has_text=self._codec is not None)
+        wishes = read_wishes(fields, self._model, kind="completion", has_text=self._codec is not None)
         prompts = [await self._encode(prompt) for prompt in read_prompts(fields, self._model)]
         return await self._generate(request, "completion", wishes, prompts)
 
@@ -72,7 +70,7 @@ class GenerationEndpoints:
         """POST /v1/chat/completions."""
         fields = await _read_fields(request)
         read_model(fields, self._model)
-        wishes = read_wishes(fields, self._model, has_text=self._codec is not None)
+        wishes = read_wishes(fields, self._model, kind="chat", has_text=self._codec is not None)
         messages = read_messages(fields)
         if self._codec is None or self._codec.template is None:
             raise RequestError("this model has no chat template", parameter="messages", hint="use /v1/completions")
@@ -137,12 +135,23 @@ class GenerationEndpoints:
                     top_k=wishes.top_k,
                     seed=secrets.randbits(63) if wishes.seed is None else wishes.seed,
                     max_tokens=resolve_max_tokens(wishes, len(prompt), self._model, default=default),
+                    min_tokens=wishes.min_tokens,
                     ignore_eos=wishes.ignore_eos,
                     stop_token_ids=self._model.defaults.eos_token_ids,
+                    presence_penalty=wishes.presence_penalty,
+                    frequency_penalty=wishes.frequency_penalty,
+                    logit_bias=wishes.logit_bias,
+                    logprobs=wishes.logprobs,
+                    prompt_logprobs=wishes.echo and wishes.logprobs is not None,
                 ),
                 stop=wishes.stop,
                 timeout_s=wishes.timeout_s,
-                keep_text={"kind": kind, "model": self._model.name, "first_index": index * wishes.num_choices},
+                keep_text={
+                    "kind": kind,
+                    "model": self._model.name,
+                    "first_index": index * wishes.num_choices,
+                    **({"echo": True} if wishes.echo else {}),
+                },
             )
             for index, prompt in enumerate(prompts)
         ]
@@ -187,8 +196,8 @@ async def _read_fields(request: Request) -> Fields:
 class _Choice:
     """One choice of an answer as far as it has come."""
 
-    text: ChoiceText | None
-    visible: list[str] = field(default_factory=list)
+    fold: ChoiceFold
+    pieces: list[Piece] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
 
@@ -216,18 +225,15 @@ class Answer:
         prefix = "cmpl-" if kind == "completion" else "chatcmpl-"
         self._id = prefix + accepted[0].request
         self.watched = [Watched(new.request, index * wishes.num_choices) for index, new in enumerate(accepted)]
-        self._choices = [
-            _Choice(None if codec is None else ChoiceText(codec, wishes.stop))
-            for _ in range(len(accepted) * wishes.num_choices)
-        ]
+        self._choices = [_Choice(ChoiceFold(new, codec)) for new in accepted for _ in range(wishes.num_choices)]
 
     @property
     def complete(self) -> bool:
         """True when every choice has ended."""
         return all(choice.finish_reason is not None for choice in self._choices)
 
-    def take(self, indexed: IndexedDelta) -> str:
-        """Add a delta; returns the text that becomes visible with it."""
+    def take(self, indexed: IndexedDelta) -> Piece:
+        """Add a delta; returns what becomes visible with it."""
         choice, delta = self._choices[indexed.index], indexed.delta
         gap = bool(delta.token_ids) and delta.position != len(choice.token_ids)
         if gap or choice.finish_reason is not None:
@@ -238,27 +244,30 @@ class Answer:
             self._seen_token = True
             self._metrics.time_to_first_token.observe(time.monotonic() - self._accepted_s)
         self._metrics.generation_tokens += len(delta.token_ids)
+        piece = choice.fold.begin(delta.prompt_logprobs) if delta.position == 0 else Piece()
+        piece += choice.fold.push(delta.token_ids, delta.logprobs)
+        if delta.finish_reason is not None:
+            piece += choice.fold.close()
         choice.token_ids.extend(delta.token_ids)
         choice.finish_reason = delta.finish_reason
-        if choice.text is None:
-            return ""
-        visible = choice.text.push(delta.token_ids)
-        if delta.finish_reason is not None:
-            visible += choice.text.close()
-        choice.visible.append(visible)
-        return visible
+        choice.pieces.append(piece)
+        return piece
 
     def body(self) -> dict[str, Any]:
         """The whole answer."""
         choices = []
         for index, choice in enumerate(self._choices):
-            text = "".join(choice.visible)
-            content: dict[str, Any] = (
-                {"text": text}
-                if self._kind == "completion"
-                else {"message": {"role": "assistant", "content": text, "refusal": None}}
+            piece = Piece(
+                "".join(piece.text for piece in choice.pieces),
+                tuple(entry for piece in choice.pieces for entry in piece.entries),
             )
-            choices.append(self._choice(index, content, choice.token_ids, choice.finish_reason))
+            content: dict[str, Any] = (
+                {"text": piece.text}
+                if self._kind == "completion"
+                else {"message": {"role": "assistant", "content": piece.text, "refusal": None}}
+            )
+            logprobs = choice.fold.logprobs(piece)
+            choices.append(self._choice(index, content, choice.token_ids, choice.finish_reason, logprobs))
         name = "text_completion" if self._kind == "completion" else "chat.completion"
         return {**self._envelope(name, choices), "usage": self._usage()}
 
@@ -270,22 +279,28 @@ class Answer:
         return b"".join(self._chunk([self._choice(index, delta, [], None)]) for index in range(len(self._choices)))
 
     def events(self, indexed: IndexedDelta) -> bytes:
-        """The chunk of one delta; none while all its text is held back and nobody asked for ids."""
-        text, delta = self.take(indexed), indexed.delta
-        if not text and delta.finish_reason is None and not self._wishes.return_token_ids:
+        """The chunk of one delta; none while all its text is held back and nobody asked for ids or logprobs."""
+        piece, delta = self.take(indexed), indexed.delta
+        if not (piece.text or piece.entries or delta.finish_reason is not None or self._wishes.return_token_ids):
             return b""
-        chat_delta = {"content": text} if text else {}
-        content: dict[str, Any] = {"text": text} if self._kind == "completion" else {"delta": chat_delta}
-        return self._chunk([self._choice(indexed.index, content, delta.token_ids, delta.finish_reason)])
+        chat_delta = {"content": piece.text} if piece.text else {}
+        content: dict[str, Any] = {"text": piece.text} if self._kind == "completion" else {"delta": chat_delta}
+        logprobs = self._choices[indexed.index].fold.logprobs(piece) if piece.entries else None
+        return self._chunk([self._choice(indexed.index, content, delta.token_ids, delta.finish_reason, logprobs)])
 
     def closing(self) -> bytes:
         """The usage chunk, where asked for."""
         return self._chunk([], usage=self._usage()) if self._wishes.include_usage else b""
 
     def _choice(
-        self, index: int, content: dict[str, Any], token_ids: Sequence[int], finish_reason: str | None
+        self,
+        index: int,
+        content: dict[str, Any],
+        token_ids: Sequence[int],
+        finish_reason: str | None,
+        logprobs: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        choice = {"index": index, **content, "logprobs": None, "finish_reason": finish_reason}
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish_reason}
         if self._wishes.return_token_ids:
             choice["token_ids"] = list(token_ids)
         return choice

@@ -9,9 +9,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from spotserve.api.choice import ChoiceFold, Piece, whole_choice
 from spotserve.api.errors import HttpError
 from spotserve.api.streaming import DeltaFeed, EventStreamResponse, IndexedDelta, Watched, event
-from spotserve.api.text import ChoiceText, visible_text
 from spotserve.api.tokenizer import TextCodec
 from spotserve.api.validation import ModelInfo
 from spotserve.core.ids import RequestId
@@ -51,17 +51,16 @@ class RequestEndpoints:
         return str(view.keep_text.get("model", self._model.name))
 
     def _body(self, view: RequestView) -> dict[str, Any]:
-        choices = [
-            {
+        choices = []
+        for choice in view.choices:
+            text, logprobs = whole_choice(view, self._codec, choice.choice)
+            told: dict[str, Any] = {
                 "index": _first_index(view) + choice.choice,
                 "token_ids": list(choice.token_ids),
-                "text": ""
-                if self._codec is None
-                else visible_text(self._codec, choice.token_ids, view.stop, closed=choice.finish_reason is not None),
+                "text": text,
                 "finish_reason": choice.finish_reason,
             }
-            for choice in view.choices
-        ]
+            choices.append(told if logprobs is None else {**told, "logprobs": logprobs})
         return {
             "id": view.request,
             "object": "request",
@@ -91,7 +90,7 @@ def _read_starting_after(request: Request) -> int | None:
 
 
 class Continuation:
-    """The tokens of a request past a position. Its text continues exactly where the text up to there ended."""
+    """The tokens of a request past a position. Text and logprobs continue exactly where those up to there ended."""
 
     def __init__(self, view: RequestView, codec: TextCodec | None, model_name: str, starting_after: int) -> None:
         self._request = view.request
@@ -99,7 +98,7 @@ class Continuation:
         self._created_unix_s = view.created_unix_s
         self._first = starting_after + 1
         indices = [_first_index(view) + choice.choice for choice in view.choices]
-        self._texts = {index: None if codec is None else ChoiceText(codec, view.stop) for index in indices}
+        self._folds = {index: ChoiceFold(view, codec) for index in indices}
         self._open = set(indices)
 
     @property
@@ -115,13 +114,14 @@ class Continuation:
         """The part of a delta past the position; tokens before it only move the text along."""
         delta = indexed.delta
         num_known = min(max(0, self._first - delta.position), len(delta.token_ids))
-        text, visible = self._texts[indexed.index], ""
-        if text is not None:
-            text.push(delta.token_ids[:num_known])
-            visible = text.push(delta.token_ids[num_known:])
+        fold = self._folds[indexed.index]
+        echo = fold.begin(delta.prompt_logprobs) if delta.position == 0 else Piece()
+        fold.push(delta.token_ids[:num_known], delta.logprobs[:num_known])
+        piece = echo if self._first == 0 else Piece()
+        piece += fold.push(delta.token_ids[num_known:], delta.logprobs[num_known:])
         if delta.finish_reason is not None:
             self._open.discard(indexed.index)
-            visible += text.close() if text is not None else ""
+            piece += fold.close()
         token_ids = list(delta.token_ids[num_known:])
         if not token_ids and delta.finish_reason is None:
             return b""
@@ -130,9 +130,11 @@ class Continuation:
             "index": indexed.index,
             "position": position,
             "token_ids": token_ids,
-            "text": visible,
+            "text": piece.text,
             "finish_reason": delta.finish_reason,
         }
+        if fold.tells_logprobs:
+            choice["logprobs"] = fold.logprobs(piece)
         return event(
             {
                 "id": self._request,

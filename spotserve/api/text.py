@@ -85,11 +85,13 @@ class Detokenizer:
 class ChoiceText:
     """The visible text of one choice: detokenised, cut at the earliest stop string, possible beginnings held back."""
 
-    __slots__ = ("_detokenizer", "_held", "_stops", "num_tokens", "stopped")
+    __slots__ = ("_detokenizer", "_held", "_min_tokens", "_stops", "num_tokens", "stopped")
 
-    def __init__(self, decoder: TokenDecoder, stops: Sequence[str] = ()) -> None:
+    def __init__(self, decoder: TokenDecoder, stops: Sequence[str] = (), min_tokens: int = 0) -> None:
+        """A stop string that is complete within the first `min_tokens` tokens is text like any other."""
         self._detokenizer = Detokenizer(decoder)
         self._stops = tuple(stops)
+        self._min_tokens = min_tokens
         self._held = ""
         self.num_tokens = 0
         """Tokens taken so far; the one that completes a stop string is the last."""
@@ -115,11 +117,14 @@ class ChoiceText:
         if not self._stops:
             return piece
         text = self._held + piece
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            self._held = ""
-            return text[: min(found)]
+        if self.num_tokens > self._min_tokens:
+            # It must end in the new piece: what is held may hold one that was complete too early.
+            starts = [text.find(stop, max(0, len(self._held) - len(stop) + 1)) for stop in self._stops]
+            found = [at for at in starts if at >= 0]
+            if found:
+                self.stopped = True
+                self._held = ""
+                return text[: min(found)]
         keep_from = len(text) if final else min(_possible_start(text, stop) for stop in self._stops)
         self._held = text[keep_from:]
         return text[:keep_from]
@@ -135,9 +140,11 @@ def _possible_start(text: str, stop: str) -> int:
     return len(text)
 
 
-def visible_text(decoder: TokenDecoder, token_ids: Sequence[int], stops: Sequence[str], *, closed: bool) -> str:
+def visible_text(
+    decoder: TokenDecoder, token_ids: Sequence[int], stops: Sequence[str], *, closed: bool, min_tokens: int = 0
+) -> str:
     """The text a client may see of a choice with these tokens."""
-    text = ChoiceText(decoder, stops)
+    text = ChoiceText(decoder, stops, min_tokens)
     visible = text.push(token_ids)
     return visible + text.close() if closed else visible
 
@@ -151,27 +158,30 @@ class StopJudge:
 
     def __init__(self, decoder: TokenDecoder | None) -> None:
         self._decoder = decoder
-        self._scans: OrderedDict[tuple[tuple[str, ...], tuple[int, ...]], ChoiceText] = OrderedDict()
+        self._scans: OrderedDict[tuple[tuple[str, ...], int, tuple[int, ...]], ChoiceText] = OrderedDict()
 
-    def __call__(self, stops: Sequence[str], token_ids: Sequence[int], new_ids: Sequence[int]) -> int | None:
+    def __call__(
+        self, stops: Sequence[str], token_ids: Sequence[int], new_ids: Sequence[int], min_tokens: int = 0
+    ) -> int | None:
         """How many of `new_ids` are kept because a stop string is complete then; None if none is.
 
         Args:
             stops: The stop strings of the request.
             token_ids: The choice's tokens so far, none of which completed a stop string.
             new_ids: Tokens that follow them.
+            min_tokens: So many tokens of the choice complete no stop string.
         """
         if self._decoder is None or not stops:
             return None
         before = tuple(token_ids)
-        scan = self._scans.pop((tuple(stops), before), None)
+        scan = self._scans.pop((tuple(stops), min_tokens, before), None)
         if scan is None:
-            scan = ChoiceText(self._decoder, stops)
+            scan = ChoiceText(self._decoder, stops, min_tokens)
             scan.push(before)
         scan.push(new_ids)
         if scan.stopped:
             return max(0, scan.num_tokens - len(before))
-        self._scans[(tuple(stops), (*before, *new_ids))] = scan
+        self._scans[(tuple(stops), min_tokens, (*before, *new_ids))] = scan
         if len(self._scans) > _KEPT_SCANS:
             self._scans.popitem(last=False)
         return None

@@ -8,6 +8,7 @@ defaults. Nothing in a folder is executed but the chat template, in a process of
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,10 @@ class TextCodec:
         added = tokenizer.get_added_tokens_decoder()
         special = {token_id for token_id, token in added.items() if token.special}
         self._visible = frozenset(vocabulary.values()) - special - set(eos_token_ids)
+        self._added = {token_id: token.content.encode() for token_id, token in added.items()}
+        self._decoders = _decoders(tokenizer)
+        self._decoder_kinds = {str(decoder["type"]) for decoder in self._decoders}
+        self._token_bytes: dict[int, bytes | None] = {}
         self._longest_token_bytes = max(
             (len(token.encode(errors="replace")) for token in vocabulary), default=_LONGEST_TOKEN_BYTES
         )
@@ -104,6 +109,33 @@ class TextCodec:
         """True for special tokens, EOS and ids past the tokenizer's own vocabulary: they have no text."""
         return token_id not in self._visible
 
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """What a token alone stands for, special ones as they are written; None for an id the tokenizer lacks.
+
+        Tokens of byte-level tokenizers, and byte fallbacks, may be parts of characters.
+        """
+        if token_id not in self._token_bytes:
+            self._token_bytes[token_id] = self._find_bytes(token_id)
+        return self._token_bytes[token_id]
+
+    def _find_bytes(self, token_id: int) -> bytes | None:
+        if token_id in self._added:
+            return self._added[token_id]
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return None
+        kinds = self._decoder_kinds
+        if "ByteLevel" in kinds and all(letter in _BYTE_OF for letter in token):
+            return bytes(_BYTE_OF[letter] for letter in token)
+        fallback = _BYTE_FALLBACK.fullmatch(token)
+        if "ByteFallback" in kinds and fallback is not None:
+            return bytes([int(fallback[1], 16)])
+        if kinds & {"Replace", "Metaspace"}:
+            for decoder in self._decoders:
+                token = _replaced(token, decoder)
+            return token.encode()
+        return str(self._tokenizer.decode([token_id], skip_special_tokens=False)).encode()
+
     def max_text_bytes(self, max_tokens: int) -> int:
         """A longer text cannot be `max_tokens` tokens; it is refused before it is tokenised."""
         return max_tokens * max(self._longest_token_bytes, _LONGEST_TOKEN_BYTES)
@@ -112,6 +144,33 @@ class TextCodec:
         """End the template's process."""
         if self.template is not None:
             self.template.close()
+
+
+def _letters_of_bytes() -> dict[str, int]:
+    """The letters that byte-level tokenizers write bytes with: printable ones as they are, others from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTE_OF = _letters_of_bytes()
+_BYTE_FALLBACK = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _decoders(tokenizer: Tokenizer) -> tuple[dict[str, Any], ...]:
+    """The steps by which a tokenizer makes text of tokens, as `tokenizer.json` has them."""
+    if tokenizer.decoder is None:
+        return ()
+    decoder: dict[str, Any] = json.loads(tokenizer.decoder.__getstate__())
+    return tuple(decoder["decoders"]) if decoder["type"] == "Sequence" else (decoder,)
+
+
+def _replaced(token: str, decoder: dict[str, Any]) -> str:
+    """A token's letters after one decoder that exchanges some."""
+    if decoder["type"] == "Metaspace":
+        return token.replace(decoder["replacement"], " ")
+    pattern = decoder.get("pattern", {}).get("String")
+    return token.replace(pattern, decoder["content"]) if decoder["type"] == "Replace" and pattern else token
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from pydantic import Field
 
+from spotserve.api.choice import Kind
 from spotserve.api.errors import HttpError
 from spotserve.api.tokenizer import GenerationDefaults
 from spotserve.core.frozen import Frozen
+from spotserve.core.sampling import MAX_BIAS, MAX_BIASED_TOKENS, MAX_PENALTY, MAX_TOP_LOGPROBS
 from spotserve.errors import RequestError
 
 MAX_JSON_DEPTH = 64
@@ -26,6 +29,9 @@ MAX_STOPS = 4
 MAX_STOP_CHARS = 256
 MAX_TIMEOUT_S = 30 * 86400.0
 DEFAULT_COMPLETION_TOKENS = 16
+MAX_COMPLETION_LOGPROBS = 5
+MAX_SCORED_PROMPT_TOKENS = 4096
+"""Prompt tokens whose logprobs may be asked for: they are kept until the first token, and travel with it."""
 
 Prompt = str | tuple[int, ...]
 
@@ -49,6 +55,7 @@ class Wishes:
     return_token_ids: bool
     num_choices: int
     max_tokens: int | None
+    min_tokens: int
     seed: int | None
     stop: tuple[str, ...]
     temperature: float
@@ -56,6 +63,11 @@ class Wishes:
     top_k: int
     ignore_eos: bool
     timeout_s: float | None
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: tuple[tuple[int, float], ...]
+    logprobs: int | None
+    echo: bool
 
 
 _NOTHING: tuple[Any, ...] = (None, False, 0, "", [], {})
@@ -68,8 +80,6 @@ _LATER_FIELDS: dict[str, tuple[Any, ...]] = {
     "chat_template": _NOTHING,
     "chat_template_kwargs": _NOTHING,
     "continue_final_message": _NOTHING,
-    "echo": _NOTHING,
-    "frequency_penalty": _NOTHING,
     "function_call": (*_NOTHING, "none", "auto"),
     "functions": _NOTHING,
     "guided_choice": _NOTHING,
@@ -77,11 +87,8 @@ _LATER_FIELDS: dict[str, tuple[Any, ...]] = {
     "guided_json": _NOTHING,
     "guided_regex": _NOTHING,
     "include_stop_str_in_output": _NOTHING,
-    "logit_bias": _NOTHING,
     "min_p": _NOTHING,
-    "min_tokens": _NOTHING,
     "modalities": (*_NOTHING, ["text"]),
-    "presence_penalty": _NOTHING,
     "prompt_embeds": _NOTHING,
     "prompt_logprobs": (None,),
     "repetition_penalty": (*_NOTHING, 1),
@@ -92,7 +99,6 @@ _LATER_FIELDS: dict[str, tuple[Any, ...]] = {
     "suffix": _NOTHING,
     "tool_choice": (*_NOTHING, "none", "auto"),
     "tools": _NOTHING,
-    "top_logprobs": _NOTHING,
     "truncate_prompt_tokens": _NOTHING,
     "use_beam_search": _NOTHING,
 }
@@ -243,9 +249,10 @@ def check_model(name: str, model: ModelInfo) -> None:
         )
 
 
-def read_wishes(fields: Fields, model: ModelInfo, *, has_text: bool) -> Wishes:
+def read_wishes(fields: Fields, model: ModelInfo, *, kind: Kind, has_text: bool) -> Wishes:
     """Everything but the prompt. `has_text` is False for a model without tokenizer, which knows no stop strings."""
     _refuse_later_fields(fields)
+    echo = _read_echo(fields, kind)
     stream = fields.flag("stream")
     defaults = model.defaults
     temperature = fields.number("temperature", low=0.0, high=2.0)
@@ -262,7 +269,8 @@ def read_wishes(fields: Fields, model: ModelInfo, *, has_text: bool) -> Wishes:
         include_usage=_read_include_usage(fields, stream=stream),
         return_token_ids=fields.flag("return_token_ids"),
         num_choices=1 if num_choices is None else num_choices,
-        max_tokens=_read_max_tokens(fields, model),
+        max_tokens=_read_max_tokens(fields, model, low=0 if echo else 1),
+        min_tokens=fields.integer("min_tokens", low=0, high=2**31) or 0,
         seed=fields.integer("seed", low=-(2**63), high=2**64 - 1),
         stop=stop,
         temperature=defaults.temperature if temperature is None else temperature,
@@ -270,6 +278,11 @@ def read_wishes(fields: Fields, model: ModelInfo, *, has_text: bool) -> Wishes:
         top_k=defaults.top_k if top_k is None else max(0, top_k),
         ignore_eos=fields.flag("ignore_eos"),
         timeout_s=_read_timeout(fields),
+        presence_penalty=fields.number("presence_penalty", low=-MAX_PENALTY, high=MAX_PENALTY) or 0.0,
+        frequency_penalty=fields.number("frequency_penalty", low=-MAX_PENALTY, high=MAX_PENALTY) or 0.0,
+        logit_bias=_read_logit_bias(fields, model),
+        logprobs=_read_completion_logprobs(fields) if kind == "completion" else _read_chat_logprobs(fields),
+        echo=echo,
     )
 
 
@@ -278,9 +291,61 @@ def _refuse_later_fields(fields: Fields) -> None:
         value = fields.get(name)
         if value not in neutral:
             raise RequestError(f"{name} {_shown(value)} is not supported yet", parameter=name, hint=f"leave {name} out")
-    logprobs = fields.get("logprobs")
-    if logprobs is not None and logprobs is not False:
-        raise RequestError("logprobs are not supported yet", parameter="logprobs", hint="leave logprobs out")
+
+
+def _read_echo(fields: Fields, kind: Kind) -> bool:
+    echo = fields.flag("echo")
+    if echo and kind == "chat":
+        raise RequestError("echo is not supported in chats", parameter="echo", hint="use /v1/completions")
+    return echo
+
+
+def _read_completion_logprobs(fields: Fields) -> int | None:
+    """The likeliest tokens to tell beside each one: `logprobs` is their number."""
+    if fields.get("top_logprobs") not in (None, 0):
+        raise RequestError("top_logprobs is a chat's", parameter="top_logprobs", hint="logprobs is the number here")
+    if fields.get("logprobs") is False:
+        return None
+    return fields.integer("logprobs", low=0, high=MAX_COMPLETION_LOGPROBS)
+
+
+def _read_chat_logprobs(fields: Fields) -> int | None:
+    """The likeliest tokens to tell beside each one: `logprobs` says whether, `top_logprobs` how many."""
+    wanted = fields.flag("logprobs")
+    num_top = fields.integer("top_logprobs", low=0, high=MAX_TOP_LOGPROBS)
+    if num_top and not wanted:
+        raise RequestError("top_logprobs needs logprobs true", parameter="top_logprobs")
+    return (num_top or 0) if wanted else None
+
+
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+
+
+def _read_logit_bias(fields: Fields, model: ModelInfo) -> tuple[tuple[int, float], ...]:
+    """Token ids, strings in JSON, with what is added to their logits; what adds nothing is left out."""
+    bias = fields.get("logit_bias")
+    if bias is None:
+        return ()
+    if not isinstance(bias, dict):
+        raise _wrong_type("logit_bias", bias, "an object")
+    if len(bias) > MAX_BIASED_TOKENS:
+        raise RequestError(f"logit_bias has {len(bias)} entries, more than {MAX_BIASED_TOKENS}", parameter="logit_bias")
+    pairs = []
+    for name, value in bias.items():
+        if not _TOKEN_ID.fullmatch(name):
+            raise RequestError(f"logit_bias holds {_shown(name)}, which is no token id", parameter="logit_bias")
+        if int(name) >= model.vocab_size:
+            raise RequestError(
+                f"logit_bias holds token id {name}, outside the vocabulary of {model.vocab_size}",
+                parameter="logit_bias",
+            )
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -MAX_BIAS <= value <= MAX_BIAS:
+            raise RequestError(
+                f"logit_bias of token id {name} is {_shown(value)}, not a number from -100 to 100",
+                parameter="logit_bias",
+            )
+        pairs.append((int(name), float(value)))
+    return tuple(sorted(pair for pair in pairs if pair[1] != 0.0))
 
 
 def _read_include_usage(fields: Fields, *, stream: bool) -> bool:
@@ -297,10 +362,10 @@ def _read_include_usage(fields: Fields, *, stream: bool) -> bool:
     raise _wrong_type("stream_options.include_usage", include_usage, "a boolean")
 
 
-def _read_max_tokens(fields: Fields, model: ModelInfo) -> int | None:
+def _read_max_tokens(fields: Fields, model: ModelInfo, *, low: int) -> int | None:
     """`max_completion_tokens` is the newer name of `max_tokens` and wins."""
-    older = fields.integer("max_tokens", low=1, high=2**31)
-    newer = fields.integer("max_completion_tokens", low=1, high=2**31)
+    older = fields.integer("max_tokens", low=low, high=2**31)
+    newer = fields.integer("max_completion_tokens", low=low, high=2**31)
     value, name = (older, "max_tokens") if newer is None else (newer, "max_completion_tokens")
     if value is not None and value >= model.max_model_len:
         raise too_long(f"{name} {value} leaves no room for a prompt in {model.max_model_len} tokens", parameter=name)
@@ -430,13 +495,22 @@ def resolve_max_tokens(wishes: Wishes, num_prompt_tokens: int, model: ModelInfo,
 
     Raises:
         HttpError: Prompt and `max_tokens` together exceed the model's length.
+        RequestError: `min_tokens` exceeds it, or the prompt is too long for its logprobs.
     """
     room = model.max_model_len - num_prompt_tokens
     if room < 1 or (wishes.max_tokens is not None and wishes.max_tokens > room):
         raise prompt_too_long(num_prompt_tokens, wishes.max_tokens or 1, model)
-    if wishes.max_tokens is not None:
-        return wishes.max_tokens
-    return room if default is None else min(default, room)
+    if wishes.echo and wishes.logprobs is not None and num_prompt_tokens > MAX_SCORED_PROMPT_TOKENS:
+        raise RequestError(
+            f"echo with logprobs of a prompt of {num_prompt_tokens} tokens exceeds {MAX_SCORED_PROMPT_TOKENS}",
+            parameter="echo",
+        )
+    max_tokens = wishes.max_tokens
+    if max_tokens is None:
+        max_tokens = room if default is None else min(default, room)
+    if wishes.min_tokens > max_tokens:
+        raise RequestError(f"min_tokens {wishes.min_tokens} exceeds max_tokens {max_tokens}", parameter="min_tokens")
+    return max_tokens
 
 
 def prompt_too_long(num_prompt_tokens: int, max_tokens: int, model: ModelInfo) -> HttpError:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from spotserve.core.options import LOOPBACK_HOSTS, POLICY_NAMES, SOLVER_NAMES, Device, GpuMemory, LogFormat, RunOptions
-from spotserve.core.spec import DType
+from spotserve.core.spec import DType, LinearKind
 from spotserve.errors import SpecError
 
 ENVIRONMENT_PREFIX = "SPOTSERVE_"
@@ -176,6 +176,7 @@ def parse_solvers(value: Any, origin: Origin) -> dict[str, str]:
 
 SETTINGS = (
     Setting("model", "model", parse_text),
+    Setting("verify_weights", "verify_weights", parse_flag),
     Setting("instances", "instances", integer(0, 1024)),
     Setting("gpus_per_instance", "gpus_per_instance", integer(1, 64)),
     Setting("gpu_memory", "gpu_memory", parse_gpu_memory),
@@ -197,6 +198,7 @@ SETTINGS = (
     Setting("state_dir", "state_dir", parse_text),
     Setting("seed", "seed", integer(0, 2**63 - 1)),
     Setting("deterministic", "deterministic", parse_flag),
+    Setting("linear", "linear", choice(get_args(LinearKind))),
     Setting("drain", "drain_s", seconds(0)),
     Setting("orphan_timeout", "orphan_timeout_s", seconds(0.1)),
     Setting("log_format", "log_format", choice(get_args(LogFormat))),
@@ -304,6 +306,10 @@ def check_together(options: RunOptions) -> None:
         raise SpecError(
             f"--host {options.host} is not loopback and there is no API key",
             hint="set SPOTSERVE_API_KEY, or leave --host at 127.0.0.1",
+        )
+    if options.linear == "prepacked" and options.device != "cpu":
+        raise SpecError(
+            f"--linear prepacked is not supported by --device {options.device}", hint="leave out --linear prepacked"
         )
     if options.port == 0 and Path(options.state_dir).parts[-2:] == ("spotserve", "0"):
         raise SpecError("--port 0 has no state dir of its own", hint="name one with --state-dir")

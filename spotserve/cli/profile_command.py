@@ -10,10 +10,12 @@ import typer
 
 from spotserve.cli.admin_commands import Format, Json, table, wanted_format
 from spotserve.cli.config import Origin, choice, run_options
+from spotserve.cli.start_progress import default_progress
 from spotserve.core.canonical import canonical_json
 from spotserve.core.options import Device
 from spotserve.core.spec import DType, Profile
-from spotserve.errors import ModelError, SpecError
+from spotserve.errors import SpecError
+from spotserve.runtime.model_source import resolve_model
 from spotserve.runtime.profiles import profile_of, write_whole
 
 
@@ -23,7 +25,7 @@ def register(app: typer.Typer) -> None:
 
 
 def profile(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Checkpoint folder.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id.")],
     device: Annotated[str, typer.Option(metavar="cpu|cuda", help="What to measure on.")] = "cpu",
     dtype: Annotated[
         str | None, typer.Option(metavar="float32|bfloat16|float16", help="Weights and KV [default: the checkpoint's].")
@@ -41,9 +43,8 @@ def profile(
     choice(get_args(Device))(device, Origin("--device"))
     if dtype is not None:
         choice(get_args(DType))(dtype, Origin("--dtype"))
-    if not model.is_dir():
-        raise ModelError(f"MODEL {model} is not a folder", hint="give a folder with config.json and safetensors")
-    measured = profile_of(model, device=device, dtype=dtype, cache=cache_of(state_dir), again=again)
+    folder = resolve_model(model, default_progress()).folder
+    measured = profile_of(folder, device=device, dtype=dtype, cache=cache_of(state_dir), again=again)
     if out is not None:
         try:
             write_whole(out, canonical_json(measured))

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from spotserve.cli.config import run_options
+from spotserve.cli.start_progress import default_progress
 
 
 def register(app: typer.Typer) -> None:
@@ -18,7 +19,14 @@ def register(app: typer.Typer) -> None:
 
 def run(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="Checkpoint folder; without it the built-in model.")
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="Checkpoint folder or hub id, ORG/NAME[@REVISION]; without it the built-in one."
+        ),
+    ] = None,
+    verify_weights: Annotated[
+        bool | None,
+        typer.Option("--verify-weights/--no-verify-weights", help="Hash every weight file again [default: new ones]."),
     ] = None,
     instances: Annotated[str | None, typer.Option(metavar="N", help="Instances at start [default: 4].")] = None,
     gpus_per_instance: Annotated[
@@ -81,6 +89,10 @@ def run(
     deterministic: Annotated[
         bool | None, typer.Option("--deterministic/--no-deterministic", help="Bit-equal output [default: yes].")
     ] = None,
+    linear: Annotated[
+        str | None,
+        typer.Option(metavar="plain|prepacked", help="Prepacked weights: faster on a CPU, twice the memory."),
+    ] = None,
     drain: Annotated[
         str | None, typer.Option(metavar="S", help="Seconds to finish requests at a stop [default: 30].")
     ] = None,
@@ -98,6 +110,7 @@ def run(
     """
     flags: dict[str, object] = {
         "model": model,
+        "verify_weights": verify_weights,
         "instances": instances,
         "gpus_per_instance": gpus_per_instance,
         "gpu_memory": gpu_memory,
@@ -119,6 +132,7 @@ def run(
         "state_dir": state_dir,
         "seed": seed,
         "deterministic": deterministic,
+        "linear": linear,
         "drain": drain,
         "orphan_timeout": orphan_timeout,
         "log_format": log_format,
@@ -127,4 +141,5 @@ def run(
     # Here and not above: the daemon brings a web server and gRPC, which no other verb shall wait for.
     from spotserve.app import serve
 
-    raise typer.Exit(serve(options))
+    progress = default_progress()
+    raise typer.Exit(serve(options, progress, log_stream=progress.stream))

@@ -88,6 +88,11 @@ class Sequence:
         """Whether only the last known token is without KV, and it was generated."""
         return self.num_tokens > 0 and self.kv_tokens == self.known_tokens - 1
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether it has all its tokens; one without any, when its prompt has been computed."""
+        return self.num_tokens >= self.max_tokens and self.kv_tokens >= self.prompt_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class BatchItem:
@@ -143,7 +148,7 @@ class Batcher:
 
     def fits(self, *, prompt_tokens: int, max_tokens: int) -> bool:
         """Whether the pool could ever hold such a sequence alone."""
-        return self.limits.blocks_of(prompt_tokens + max_tokens - 1) <= self.limits.num_blocks
+        return self.limits.blocks_of(prompt_tokens + max(1, max_tokens) - 1) <= self.limits.num_blocks
 
     def admit(self, sequence: Sequence) -> bool:
         """Take a choice over; False (and nothing changes) if it is already here.
@@ -219,9 +224,9 @@ class Batcher:
                 self.num_prefilled_tokens += item.count
             sequence.kv_tokens = item.start + item.count
             sequence.num_tokens += item.samples
-            if sequence.num_tokens >= sequence.max_tokens and item.key not in stopped:
+            if sequence.is_complete and item.key not in stopped:
                 outcome.at_length.append(item.key)
-            if sequence.is_closing or sequence.num_tokens >= sequence.max_tokens or item.key in stopped:
+            if sequence.is_closing or sequence.is_complete or item.key in stopped:
                 self._remove(sequence)
         return outcome
 
@@ -351,7 +356,8 @@ class Batcher:
             count = stop - sequence.kv_tokens
             if count <= 0:
                 return
-            items.append(BatchItem(sequence.key, sequence.kv_tokens, count, samples=stop == sequence.known_tokens))
+            samples = stop == sequence.known_tokens and sequence.max_tokens > 0
+            items.append(BatchItem(sequence.key, sequence.kv_tokens, count, samples=samples))
             left -= count
 
     def _make_room(self, sequence: Sequence) -> bool:

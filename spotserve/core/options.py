@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from spotserve.core.frozen import Frozen
-from spotserve.core.spec import DType
+from spotserve.core.spec import DType, LinearKind
 
 Device = Literal["cpu", "cuda"]
 LogFormat = Literal["console", "json"]
@@ -43,7 +43,9 @@ class RunOptions(Frozen):
     """Everything `spotserve run` can be told. `None` means: the default that depends on the model or the machine."""
 
     model: str | None = None
-    """A checkpoint folder; None is the built-in model."""
+    """A checkpoint folder or a hub id; None is the built-in model."""
+    verify_weights: bool = False
+    """Hash every file of the model again, here and in each worker that reads one."""
     instances: int = Field(default=4, ge=0, le=1024)
     gpus_per_instance: int = Field(default=1, ge=1, le=64)
     gpu_memory: GpuMemory | None = None
@@ -66,6 +68,7 @@ class RunOptions(Frozen):
     state_dir: str
     seed: int = Field(default=0, ge=0, lt=2**63)
     deterministic: bool = True
+    linear: LinearKind = "plain"
     drain_s: float = Field(default=30.0, ge=0)
     orphan_timeout_s: float = Field(default=60.0, gt=0)
     log_format: LogFormat = "console"

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import Field
 
 from spotserve.core.frozen import Frozen
 from spotserve.core.ids import InstanceId, RequestId
 from spotserve.core.plan import Plan
-from spotserve.core.sampling import SamplingParameters
+from spotserve.core.sampling import SamplingParameters, TokenLogprobs
 from spotserve.core.snapshot import Snapshot
 from spotserve.core.wire import FinishReason
+
+StartStage = Literal["download", "verify", "join", "load"]
 
 
 class NewRequest(Frozen):
@@ -34,6 +36,10 @@ class ChoiceView(Frozen):
     choice: int
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of each token, for a request that wants them."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of each token of the prompt but the first, likewise."""
 
 
 class RequestView(Frozen):
@@ -43,6 +49,7 @@ class RequestView(Frozen):
     state: str
     created_unix_s: int
     prompt_ids: tuple[int, ...]
+    sampling: SamplingParameters
     stop: tuple[str, ...]
     choices: tuple[ChoiceView, ...]
     error: str | None = None
@@ -50,12 +57,27 @@ class RequestView(Frozen):
 
 
 class ChoiceDelta(Frozen):
-    """Newly durable tokens of one choice; `finish_reason` set with the last ones (tokens may then be empty)."""
+    """Newly durable tokens of one choice; `finish_reason` set with the last ones (tokens may then be empty).
+
+    Their `logprobs`, where wanted; `prompt_logprobs` come with position 0.
+    """
 
     choice: int
     position: int
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+
+class Progress(Protocol):
+    """Somebody who watches a start: on a terminal a bar, elsewhere lines of the log."""
+
+    def show(self, stage: StartStage, done: int, total: int) -> None:
+        """`done` of `total` bytes (`join`: instances) of a stage; stages follow one another."""
+
+    def end(self) -> None:
+        """The stage shown last is over."""
 
 
 class Frontdoor(Protocol):

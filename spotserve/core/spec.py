@@ -14,6 +14,7 @@ from spotserve.core.frozen import Frozen
 
 ParameterKind = Literal["col", "row", "packed_col", "replicated", "reduce_output"]
 DType = Literal["float32", "bfloat16", "float16"]
+LinearKind = Literal["plain", "prepacked"]
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 KV_BLOCK_TOKENS = 16
@@ -47,7 +48,10 @@ class Parameter(Frozen):
     """One row of the parameter table.
 
     `name` holds `{layer}` for a parameter of a decoder layer. `stage` says which pipeline stage owns it.
-    `source` is the tensor's name on disk where it differs (tied embeddings), with `{layer}` as well.
+    `source` is the tensor's name on disk where it differs (tied embeddings), with `{layer}` as well. Several names are
+    the matrices that a parameter of three dimensions is put together from: for each index of dimension 0, which
+    `{expert}` stands for in them, these one after another along dimension 1. A `transposed` matrix is [in, out] on
+    disk, [out, in] here and everywhere else.
     """
 
     name: str
@@ -56,7 +60,20 @@ class Parameter(Frozen):
     dim: int = 0
     segments: tuple[Segment, ...] = ()
     stage: Literal["first", "layer", "last"]
-    source: str | None = None
+    source: str | tuple[str, ...] | None = None
+    transposed: bool = False
+
+    def stored(self, layer: int = 0) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """(name, shape) of each tensor on disk that one layer's parameter is made of."""
+        if not isinstance(self.source, tuple):
+            shape = self.shape[::-1] if self.transposed else self.shape
+            return (((self.source or self.name).replace("{layer}", str(layer)), shape),)
+        shape = (self.shape[1] // len(self.source), self.shape[2])
+        return tuple(
+            (name.replace("{layer}", str(layer)).replace("{expert}", str(expert)), shape)
+            for expert in range(self.shape[0])
+            for name in self.source
+        )
 
 
 class ModelSpec(Frozen):
@@ -122,6 +139,11 @@ class Limits(Frozen):
     """KV tokens one replica must at least hold; 0 means one sequence of `max_model_len`."""
 
 
+def weight_copies(linear: LinearKind) -> int:
+    """How often the weights of a position take memory: the plain ones stay, as migrations read them."""
+    return 2 if linear == "prepacked" else 1
+
+
 class ServingSpec(Frozen):
     """All that a plan is made for beside the world itself; `spec_digest` covers it."""
 
@@ -132,6 +154,8 @@ class ServingSpec(Frozen):
     policy_version: int = 1
     solvers: dict[str, str] = {}
     deterministic: bool = True
+    linear: LinearKind = "plain"
+    """What weights are multiplied with: as they are, or copies laid out for the processor; one kind everywhere."""
 
     @model_validator(mode="after")
     def _within_model(self) -> ServingSpec:

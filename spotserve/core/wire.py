@@ -14,7 +14,7 @@ from pydantic import Field, TypeAdapter
 from spotserve.core.frozen import Frozen
 from spotserve.core.ids import GpuId, InstanceId, ReplicaId, RequestId
 from spotserve.core.plan import KvRoute
-from spotserve.core.sampling import SamplingParameters
+from spotserve.core.sampling import SamplingParameters, TokenLogprobs
 from spotserve.core.slices import Shard, Slice
 from spotserve.core.spec import ServingSpec
 
@@ -82,13 +82,19 @@ class Reply(Frozen):
 
 
 class TokenRun(Frozen):
-    """New tokens of one choice: `token_ids[i]` is at generated position `position + i` (first position 0)."""
+    """New tokens of one choice: `token_ids[i]` is at generated position `position + i` (first position 0).
+
+    `logprobs` are of the same tokens, for requests that want them. `prompt_logprobs`, of every prompt token but the
+    first, come with position 0, so that they are as durable as what follows them.
+    """
 
     request: RequestId
     choice: int
     position: int
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Tokens(Frozen):
@@ -137,6 +143,19 @@ WorkerMessage = Annotated[
 # Coordinator -> worker
 
 
+FileIdentity = tuple[int, int, int, int]
+"""Device, inode, mtime and ctime in nanoseconds: the same only for the same unchanged file on the same machine."""
+
+
+class ModelFile(Frozen):
+    """One file of the model folder as the coordinator hashed it; without an identity nobody may take it on trust."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+    identity: FileIdentity | None = None
+
+
 class Welcome(Frozen):
     """Answer to `Register`: the spec to serve, the model folder, link caps."""
 
@@ -144,6 +163,7 @@ class Welcome(Frozen):
     term: int
     spec: ServingSpec
     model_path: str
+    model_files: tuple[ModelFile, ...] = ()
     link_bytes_per_s: float | None = None
     """Cap on this worker's transfer traffic, each direction (benchmarks); None is uncapped."""
     least_iteration_s: float = 0.0

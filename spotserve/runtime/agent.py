@@ -53,14 +53,16 @@ from spotserve.core.wire import (
     Shutdown,
     Welcome,
 )
-from spotserve.errors import InvariantError, SpotServeError, TransferError
+from spotserve.errors import InvariantError, ModelError, SpotServeError, TransferError
 from spotserve.log import configure_logging, get_logger
+from spotserve.runtime.checkpoint import TORCH_DTYPES
 from spotserve.runtime.failpoints import Failpoint
 from spotserve.runtime.holdings import Holdings, Position
 from spotserve.runtime.instance import WorkerSettings
 from spotserve.runtime.kv_migration import KvFollower, Peer
 from spotserve.runtime.kv_store import KvStore
 from spotserve.runtime.leader import Leader, QuiesceReport
+from spotserve.runtime.linear import check_linear
 from spotserve.runtime.link import Link, LinkCallbacks
 from spotserve.runtime.mesh import MeshListener, join
 from spotserve.runtime.ratelimit import RateLimiter
@@ -188,9 +190,15 @@ class Agent:
 
     def _welcomed(self, welcome: Welcome) -> None:
         if self._holdings is None:
+            try:
+                check_linear(welcome.spec.linear, TORCH_DTYPES[welcome.spec.model.dtype], self._settings.device)
+            except ModelError as error:
+                self._end(error.message, 1)
+                return
             self._holdings = Holdings(
                 welcome.spec,
                 folder=Path(welcome.model_path),
+                files=welcome.model_files,
                 memory_bytes=self._settings.gpu_memory_bytes,
                 device=self._settings.device,
             )
@@ -475,9 +483,7 @@ class Agent:
             raise InvariantError(f"{len(missing)} weight slices are missing, the first is {missing[0]}")
         runner = held.build(position)
         if position.place.is_leader:
-            leader = Leader(
-                runner, self._limits(position), self._link.send, least_iteration_s=self._least_iteration_s
-            )
+            leader = Leader(runner, self._limits(position), self._link.send, least_iteration_s=self._least_iteration_s)
             # Before it starts, so that nothing is scheduled before the ranks took over what was copied in.
             leader.admit(command.requests, is_exclusive=True)
             position.loop = leader

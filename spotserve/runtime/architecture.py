@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 from spotserve.errors import ModelError
+from spotserve.runtime.family import FAMILIES
 
-ARCHITECTURES = ("LlamaForCausalLM",)
+ARCHITECTURES = tuple(FAMILIES)
 """Architectures whose tokens are tested equal to transformers' own, for every cut."""
 
 
@@ -36,5 +37,5 @@ def read_architecture(folder: Path) -> str:
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise ModelError(f"{path} names no single architecture", hint=f"known architectures: {known}")
     if names[0] not in ARCHITECTURES:
-        raise ModelError(f"architecture {names[0]} is not supported, known: {known}")
+        raise ModelError(f"architecture {names[0]} is not supported", hint=f"known architectures: {known}")
     return names[0]

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from spotserve.core.slices import Slice, parameter_of
-from spotserve.core.spec import ModelSpec
-from spotserve.runtime.checkpoint_header import ELEMENT_BYTES, CheckpointLayout, TensorHeader, validate_checkpoint
+from spotserve.core.slices import Slice, intersect, parameter_of
+from spotserve.core.spec import ModelSpec, Parameter
+from spotserve.core.wire import ModelFile
+from spotserve.runtime.checkpoint_header import (
+    ELEMENT_BYTES,
+    CheckpointLayout,
+    TensorHeader,
+    open_regular,
+    validate_checkpoint,
+)
+from spotserve.runtime.model_manifest import verify_open_file
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -37,8 +45,16 @@ _STORED_DTYPES: Mapping[str, torch.dtype] = {
 class Checkpoint:
     """The tensors of one model folder, mapped and validated. Thread-safe."""
 
-    def __init__(self, folder: Path, model: ModelSpec, *, layout: CheckpointLayout | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: ModelSpec,
+        *,
+        layout: CheckpointLayout | None = None,
+        files: Sequence[ModelFile] = (),
+    ) -> None:
         self._layout = layout if layout is not None else validate_checkpoint(folder)
+        self._files = {file.name: file for file in files}
         self._model = model
         self._dtype = TORCH_DTYPES[model.dtype]
         self._maps: dict[Path, mmap.mmap] = {}
@@ -57,30 +73,51 @@ class Checkpoint:
 
     def read(self, piece: Slice) -> Tensor:
         """The range `piece` of a concrete parameter of the table, from the tensor it has on disk."""
-        return self.read_slice(self._source(piece.parameter), piece.dim, piece.start, piece.stop)
+        parameter = parameter_of(self._model, piece.parameter)
+        layer = next((int(part) for part in piece.parameter.split(".") if part.isdigit()), 0)
+        if isinstance(parameter.source, tuple):
+            return self._read_stacked(parameter, layer, piece)
+        [(name, _)] = parameter.stored(layer)
+        if parameter.transposed:
+            return self.read_slice(name, 1 - piece.dim, piece.start, piece.stop).t().contiguous()
+        return self.read_slice(name, piece.dim, piece.start, piece.stop)
 
     def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """[start, stop) of dimension `dim` of the stored tensor `name`, contiguous, in the serving dtype."""
         header = self._layout.tensor(name)
         assert 0 <= start < stop <= header.shape[dim], f"{name}: [{start}, {stop}) of {header.shape} along {dim}"
         stored = self._mapped(header).narrow(dim, start, stop - start)
+        return self._converted(stored, torch.empty(stored.shape, dtype=self._dtype))
+
+    def _read_stacked(self, parameter: Parameter, layer: int, piece: Slice) -> Tensor:
+        """The range `piece` of a parameter that is several matrices on disk."""
+        bounds = [(0, extent) for extent in parameter.shape]
+        bounds[piece.dim] = (piece.start, piece.stop)
+        experts, rows, columns = bounds
+        result = torch.empty([stop - start for start, stop in bounds], dtype=self._dtype)
+        matrices = parameter.stored(layer)
+        count = len(matrices) // parameter.shape[0]
+        for expert in range(*experts):
+            for index, (name, (height, _)) in enumerate(matrices[expert * count : (expert + 1) * count]):
+                for low, high in intersect([rows], [(index * height, (index + 1) * height)]):
+                    matrix = self._mapped(self._layout.tensor(name))
+                    stored = matrix[low - index * height : high - index * height, slice(*columns)]
+                    self._converted(stored, result[expert - experts[0], low - rows[0] : high - rows[0]])
+        return result
+
+    def _converted(self, stored: Tensor, place: Tensor) -> Tensor:
+        """Copy what is asked for out of the file's pages, into a tensor of the serving dtype."""
         with self._lock:
             self._bytes_read += stored.numel() * stored.element_size()
-        result = torch.empty(stored.shape, dtype=self._dtype)
-        return result.copy_(stored)
-
-    def _source(self, name: str) -> str:
-        parameter = parameter_of(self._model, name)
-        if parameter.source is None:
-            return name
-        layer = next((part for part in name.split(".") if part.isdigit()), "")
-        return parameter.source.replace("{layer}", layer)
+        return place.copy_(stored)
 
     def _mapped(self, header: TensorHeader) -> Tensor:
         """The stored tensor, over the file's pages: nothing is read until it is copied."""
         with self._lock:
             if header.file not in self._maps:
-                with header.file.open("rb") as file:
+                with open_regular(header.file) as file:
+                    if (known := self._files.get(header.file.name)) is not None:
+                        verify_open_file(file, header.file, known)
                     # A private mapping is writable, which torch wants, and never writes back.
                     self._maps[header.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             pages = self._maps[header.file]

@@ -1,7 +1,8 @@
 """What a leader tells its followers over the mesh, and what they answer: compact JSON, in one order for all ranks.
 
 A descriptor names sequences and token ranges, never blocks: every rank has block tables of its own. Sampling parameters
-travel once, with the first descriptor that names a key; a freed key is forgotten by all ranks before anything after it.
+travel once, with the first descriptor that names a key, and with them the tokens generated before where the parameters
+need them: whatever brought the sequence here. A freed key is forgotten by all ranks before anything after it.
 """
 
 from __future__ import annotations
@@ -12,28 +13,49 @@ from typing import Any
 
 from spotserve.core.batching import SequenceKey
 from spotserve.core.ids import RequestId
-from spotserve.core.sampling import SamplingParameters
+from spotserve.core.sampling import RankedToken, SamplingParameters, TokenLogprobs
 from spotserve.errors import InvariantError
 
 
 @dataclass(frozen=True, slots=True)
 class RunItem:
-    """Tokens [start, start + count) of one sequence. `position` is that of the token it samples, None if none."""
+    """Tokens [start, start + count) of one sequence. `position` is that of the token it samples, None if none.
+
+    `targets` are the prompt tokens that follow its rows from `first_scored` on, wherever their logprobs are wanted.
+    """
 
     key: SequenceKey
     start: int
     count: int
     position: int | None
     token_ids: tuple[int, ...]
+    first_scored: int = 0
+    targets: tuple[int, ...] = ()
+
+    @property
+    def num_logits(self) -> int:
+        """Rows at its end whose logits are needed."""
+        if self.targets:
+            return self.start + self.count - self.first_scored
+        return int(self.position is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """A key that is new to the ranks. `history` is what it has generated, told only if its sampling needs it."""
+
+    key: SequenceKey
+    sampling: SamplingParameters
+    history: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One micro-batch. `freed` is dropped before it, `admitted` are sampling parameters of keys new in it."""
+    """One micro-batch. `freed` is dropped before it, `admitted` are the keys new in it."""
 
     number: int
     freed: tuple[SequenceKey, ...]
-    admitted: tuple[tuple[SequenceKey, SamplingParameters], ...]
+    admitted: tuple[Admitted, ...]
     items: tuple[RunItem, ...]
 
 
@@ -65,10 +87,15 @@ Descriptor = Run | Free | Adopt | Stop
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """From the sampler: the new token of every sampling item, in order."""
+    """From the sampler: the new token of every sampling item, in order.
+
+    `logprobs` of the same items, empty when none asked; `prompt_logprobs` are (index of the item, of its targets).
+    """
 
     number: int
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs | None, ...] = ()
+    prompt_logprobs: tuple[tuple[int, tuple[TokenLogprobs, ...]], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +123,12 @@ def decode(payload: bytes) -> Descriptor | Answer:
                 number=number,
                 freed=_keys(freed),
                 admitted=tuple(
-                    (_key(key), SamplingParameters.model_validate(parameters)) for key, parameters in admitted
+                    Admitted(_key(key), SamplingParameters.model_validate(parameters), tuple(history))
+                    for key, parameters, history in admitted
                 ),
                 items=tuple(
-                    RunItem(_key(key), start, count, position, tuple(token_ids))
-                    for key, start, count, position, token_ids in items
+                    RunItem(_key(key), start, count, position, tuple(token_ids), first_scored, tuple(targets))
+                    for key, start, count, position, token_ids, first_scored, targets in items
                 ),
             )
         case "free":
@@ -110,7 +138,13 @@ def decode(payload: bytes) -> Descriptor | Answer:
         case "stop":
             return Stop()
         case "sampled":
-            return Sampled(value[1], tuple(value[2]))
+            _, number, token_ids, logprobs, prompt_logprobs = value
+            return Sampled(
+                number,
+                tuple(token_ids),
+                tuple(None if one is None else _logprobs(one) for one in logprobs),
+                tuple((index, tuple(map(_logprobs, targets))) for index, targets in prompt_logprobs),
+            )
         case "missing":
             return Missing(_keys(value[1]))
     raise InvariantError(f"mesh message {value[0]!r} is not known")
@@ -123,8 +157,11 @@ def _plain(message: Descriptor | Answer) -> list[Any]:
                 "run",
                 message.number,
                 message.freed,
-                [(key, parameters.model_dump()) for key, parameters in message.admitted],
-                [(item.key, item.start, item.count, item.position, item.token_ids) for item in message.items],
+                [(one.key, one.sampling.model_dump(exclude_defaults=True), one.history) for one in message.admitted],
+                [
+                    (item.key, item.start, item.count, item.position, item.token_ids, item.first_scored, item.targets)
+                    for item in message.items
+                ],
             ]
         case Free():
             return ["free", message.keys]
@@ -133,7 +170,7 @@ def _plain(message: Descriptor | Answer) -> list[Any]:
         case Stop():
             return ["stop"]
         case Sampled():
-            return ["sampled", message.number, message.token_ids]
+            return ["sampled", message.number, message.token_ids, message.logprobs, message.prompt_logprobs]
         case Missing():
             return ["missing", message.keys]
 
@@ -145,3 +182,8 @@ def _key(value: list[Any]) -> SequenceKey:
 
 def _keys(values: list[list[Any]]) -> tuple[SequenceKey, ...]:
     return tuple(_key(value) for value in values)
+
+
+def _logprobs(value: list[Any]) -> TokenLogprobs:
+    logprob, top = value
+    return TokenLogprobs(logprob, tuple(RankedToken(token_id, other) for token_id, other in top))

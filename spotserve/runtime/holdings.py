@@ -15,7 +15,7 @@ from typing import Literal
 from spotserve.core.ids import ReplicaId
 from spotserve.core.slices import Shard, Slice, kv_head_range, parameter_of, row_bytes, shard_slices
 from spotserve.core.spec import KV_BLOCK_TOKENS, ServingSpec
-from spotserve.core.wire import ReserveCommand, RoleReport
+from spotserve.core.wire import ModelFile, ReserveCommand, RoleReport
 from spotserve.errors import ModelError, SpotServeError
 from spotserve.runtime.checkpoint import TORCH_DTYPES, Checkpoint
 from spotserve.runtime.kv_migration import IncomingKv
@@ -97,10 +97,13 @@ class Position:
 class Holdings:
     """Everything on one worker's GPU. Thread-safe."""
 
-    def __init__(self, spec: ServingSpec, *, folder: Path, memory_bytes: int, device: str) -> None:
+    def __init__(
+        self, spec: ServingSpec, *, folder: Path, files: Sequence[ModelFile] = (), memory_bytes: int, device: str
+    ) -> None:
         self.spec = spec
         self.weights = WeightStore(spec.model, device=device)
         self._folder = folder
+        self._files = files
         self._memory_bytes = memory_bytes
         self._device = device
         self._lock = threading.RLock()
@@ -132,7 +135,7 @@ class Holdings:
         """
         with self._lock:
             if self._checkpoint is None:
-                checkpoint = Checkpoint(self._folder, self.spec.model)
+                checkpoint = Checkpoint(self._folder, self.spec.model, files=self._files)
                 if checkpoint.digest != self.spec.model.digest:
                     served = self.spec.model.digest
                     raise ModelError(f"model folder {self._folder} has digest {checkpoint.digest}, {served} is served")
@@ -238,6 +241,7 @@ class Holdings:
                     position.kv,
                     exchange=position.mesh if position.place.tensor > 1 else None,
                     deterministic=self.spec.deterministic,
+                    prepacked=self.spec.linear == "prepacked",
                     device=self._device,
                 )
             return StageRunner(position.place, position.model, position.mesh, position.incoming)

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from spotserve.core.batching import Batcher, BatchItem, BatchLimits, MicroBatch, SequenceKey
 from spotserve.core.batching import Sequence as BatchedSequence
 from spotserve.core.ids import RequestId
-from spotserve.core.sampling import SamplingParameters
+from spotserve.core.sampling import SamplingParameters, TokenLogprobs
 from spotserve.core.wire import (
     ChoiceContent,
     ChoicePosition,
@@ -31,7 +31,19 @@ from spotserve.core.wire import (
     WorkerMessage,
 )
 from spotserve.errors import InvariantError, MeshError, SpotServeError
-from spotserve.runtime.descriptor import Adopt, Descriptor, Free, Missing, Run, RunItem, Sampled, Stop, decode, encode
+from spotserve.runtime.descriptor import (
+    Admitted,
+    Adopt,
+    Descriptor,
+    Free,
+    Missing,
+    Run,
+    RunItem,
+    Sampled,
+    Stop,
+    decode,
+    encode,
+)
 from spotserve.runtime.replica_loop import ReplicaLoop, StageRunner
 
 Result = TypeVar("Result")
@@ -56,6 +68,68 @@ class _Choice:
     finish_reason: FinishReason | None = None
     announced: SequenceKey | None = None
     """The key under which the ranks know its sampling parameters."""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of the tokens from `first_logprob` on, where they are wanted."""
+    first_logprob: int = 0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of the prompt's tokens from the second on, as far as they are computed. A recompute goes on behind them."""
+    scores_prompt: bool = False
+
+    @classmethod
+    def of(cls, request: RequestContent, content: ChoiceContent) -> _Choice:
+        """A choice as it is admitted: what the ledger has of it needs no second computation."""
+        num_tokens = len(content.token_ids)
+        return cls(
+            prompt_ids=request.prompt_ids,
+            sampling=request.sampling,
+            token_ids=list(content.token_ids),
+            num_durable=num_tokens,
+            first_logprob=num_tokens,
+            scores_prompt=_scores_prompt(request, content),
+        )
+
+    def admitted(self, key: SequenceKey) -> Admitted:
+        """What the ranks need to know of it beside its KV."""
+        return Admitted(key, self.sampling, tuple(self.token_ids) if self.sampling.needs_history else ())
+
+    def targets(self, start: int, stop: int) -> tuple[int, tuple[int, ...]]:
+        """Of the rows [start, stop): the first that scores a prompt token, and the tokens scored from it on."""
+        if not self.scores_prompt:
+            return 0, ()
+        first = max(start, len(self.prompt_logprobs))
+        return first, self.prompt_ids[first + 1 : stop + 1]
+
+    def add(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
+        """The next token."""
+        self.token_ids.append(token_id)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
+
+    def run(self, request: RequestId, choice: int, start: int) -> TokenRun:
+        """Its tokens from position `start` on, and its end."""
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        if self.sampling.logprobs is not None:
+            if start < self.first_logprob:
+                raise InvariantError(f"request {request} is asked for tokens from {start}, durable before")
+            logprobs = tuple(self.logprobs[start - self.first_logprob :])
+        return TokenRun(
+            request=request,
+            choice=choice,
+            position=start,
+            token_ids=tuple(self.token_ids[start:]),
+            finish_reason=self.finish_reason,
+            logprobs=logprobs,
+            prompt_logprobs=tuple(self.prompt_logprobs) if start == 0 else (),
+        )
+
+    def set_durable(self, num_tokens: int) -> None:
+        """The ledger holds so many tokens: their logprobs are never said again."""
+        self.num_durable = max(self.num_durable, num_tokens)
+        if self.num_durable > self.first_logprob:
+            del self.logprobs[: self.num_durable - self.first_logprob]
+            self.first_logprob = self.num_durable
+            self.scores_prompt = False
+            self.prompt_logprobs.clear()
 
     def known_ids(self, start: int, stop: int) -> tuple[int, ...]:
         """Token ids at absolute positions [start, stop)."""
@@ -228,9 +302,9 @@ class Leader(ReplicaLoop):
         run = self._describe(batch)
         self._tell(run)
         self._batches[batch.number] = batch
-        tokens = self._runner.run(run)
-        if tokens is not None:
-            self._commit(Sampled(batch.number, tokens))
+        sampled = self._runner.run(run)
+        if sampled is not None:
+            self._commit(sampled)
         elif self.place.pipeline == 1:
             raise InvariantError("the leader of a one-stage replica did not sample")
 
@@ -243,20 +317,23 @@ class Leader(ReplicaLoop):
         items = []
         admitted = []
         for item in batch.items:
-            choice = self._choices[(item.key.request, item.key.choice)]
+            choice = self._of(item.key)
             if choice.announced != item.key:
                 choice.announced = item.key
-                admitted.append((item.key, choice.sampling))
+                admitted.append(choice.admitted(item.key))
             items.append(self._run_item(item, choice))
         return Run(batch.number, tuple(self._batcher.take_freed()), tuple(admitted), tuple(items))
 
     def _run_item(self, item: BatchItem, choice: _Choice) -> RunItem:
+        first_scored, targets = choice.targets(item.start, item.start + item.count)
         return RunItem(
             key=item.key,
             start=item.start,
             count=item.count,
             position=len(choice.token_ids) if item.samples else None,
             token_ids=choice.known_ids(item.start, item.start + item.count),
+            first_scored=first_scored,
+            targets=targets,
         )
 
     def _collect(self) -> None:
@@ -268,23 +345,31 @@ class Leader(ReplicaLoop):
 
     def _commit(self, sampled: Sampled) -> None:
         batch = self._batches.pop(sampled.number)
-        sampling = [item for item in batch.items if item.samples]
-        tokens = dict(zip((item.key for item in sampling), sampled.token_ids, strict=True))
-        open_keys = {key for key in tokens if self._batcher.is_open(key)}
+        sampling = [item.key for item in batch.items if item.samples]
+        tokens = dict(zip(sampling, sampled.token_ids, strict=True))
+        logprobs = dict(zip(sampling, sampled.logprobs, strict=True)) if sampled.logprobs else {}
+        # A choice that was closed while it was in flight is not there any more.
+        there = {item.key: self._of(item.key) for item in batch.items if self._batcher.is_open(item.key)}
+        for index, scored in sampled.prompt_logprobs:
+            if batch.items[index].key in there:
+                there[batch.items[index].key].prompt_logprobs += scored
         stopped = {key for key, token in tokens.items() if self._is_stop(key, token)}
         outcome = self._batcher.commit(batch.number, stopped)
         runs = []
-        for key, token in tokens.items():
-            if key not in open_keys:
-                continue  # Closed while it was in flight.
-            choice = self._choices[(key.request, key.choice)]
+        for key, choice in there.items():
+            start = len(choice.token_ids)
+            if key in tokens:
+                choice.add(tokens[key], logprobs.get(key))
             if key in stopped:
                 choice.finish_reason = "stop"
             elif key in outcome.at_length:
                 choice.finish_reason = "length"
-            runs.append(self._token_run(key, len(choice.token_ids), (token,), choice.finish_reason))
-            choice.token_ids.append(token)
+            if key in tokens or choice.finish_reason is not None:
+                runs.append(choice.run(key.request, key.choice, start))
         self._send_runs(runs)
+
+    def _of(self, key: SequenceKey) -> _Choice:
+        return self._choices[(key.request, key.choice)]
 
     def _is_stop(self, key: SequenceKey, token: int) -> bool:
         choice = self._choices.get((key.request, key.choice))
@@ -305,19 +390,15 @@ class Leader(ReplicaLoop):
         failed = []
         for request, content in new:
             name = (request.request, content.choice)
-            self._choices[name] = _Choice(
-                prompt_ids=request.prompt_ids,
-                sampling=request.sampling,
-                token_ids=list(content.token_ids),
-                num_durable=len(content.token_ids),
-            )
+            choice = self._choices[name] = _Choice.of(request, content)
             if not self._batcher.fits(prompt_tokens=len(request.prompt_ids), max_tokens=request.sampling.max_tokens):
-                self._choices[name].finish_reason = "error"
-                key = SequenceKey(request.request, content.choice, content.kv_generation)
-                failed.append(self._token_run(key, len(content.token_ids), (), "error"))
+                choice.finish_reason = "error"
+                failed.append(choice.run(*name, len(content.token_ids)))
                 continue
             self._batcher.admit(_sequence(request, content))
-            if SequenceKey(request.request, content.choice, content.kv_generation) in missing:
+            # The logprobs of a prompt's computed part went with its old leader: it is computed again from its start.
+            is_headless = choice.scores_prompt and content.kv_tokens > 0
+            if is_headless or SequenceKey(request.request, content.choice, content.kv_generation) in missing:
                 self._batcher.drop_kv(request.request, content.choice)
         self._send_runs(failed)
         self._tell_evictions()
@@ -354,7 +435,7 @@ class Leader(ReplicaLoop):
             choice = self._choices.get((request, choice_index))
             if choice is None:
                 continue
-            choice.num_durable = max(choice.num_durable, num_tokens)
+            choice.set_durable(num_tokens)
             # An error's end has no token that could become durable: it is kept until the close.
             if choice.finish_reason in ("stop", "length") and choice.num_durable >= len(choice.token_ids):
                 del self._choices[(request, choice_index)]
@@ -367,8 +448,7 @@ class Leader(ReplicaLoop):
             if (request, index) in known:
                 choice.num_durable = start
             if start < len(choice.token_ids) or choice.finish_reason is not None:
-                key = SequenceKey(request, index, 0)
-                runs.append(self._token_run(key, start, tuple(choice.token_ids[start:]), choice.finish_reason))
+                runs.append(choice.run(request, index, start))
         self._send_runs(runs, again=True)
 
     def _quiesce(self, report: Future[QuiesceReport]) -> None:
@@ -417,17 +497,6 @@ class Leader(ReplicaLoop):
                 )
             )
 
-    def _token_run(
-        self, key: SequenceKey, position: int, token_ids: tuple[int, ...], finish_reason: FinishReason | None
-    ) -> TokenRun:
-        return TokenRun(
-            request=key.request,
-            choice=key.choice,
-            position=position,
-            token_ids=token_ids,
-            finish_reason=finish_reason,
-        )
-
     def _send_runs(self, runs: Sequence[TokenRun], *, again: bool = False) -> None:
         if runs or again:
             place = self.place
@@ -448,6 +517,11 @@ class Leader(ReplicaLoop):
         for report in self._quiesces:
             report.set_exception(ended)
         self._quiesces.clear()
+
+
+def _scores_prompt(request: RequestContent, content: ChoiceContent) -> bool:
+    """Whether the prompt's logprobs are still to be told: they are durable before the first token is."""
+    return request.sampling.prompt_logprobs and not content.token_ids
 
 
 def _sequence(request: RequestContent, content: ChoiceContent) -> BatchedSequence:

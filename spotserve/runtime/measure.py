@@ -1,4 +1,4 @@
-"""`python -m spotserve.runtime.measure FOLDER [--dtype X] [--device cpu]`: measures a profile, prints it as JSON.
+"""`python -m spotserve.runtime.measure FOLDER [--dtype X] [--device cpu] [--linear plain]`: prints a profile as JSON.
 
 A process of its own, because it imports torch and its caller must not. It times the very layers that a worker runs:
 a few decoder layers at tensor degree 1 for several row counts; what a larger degree costs is derived from them, the
@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import psutil
 import torch
@@ -23,7 +24,7 @@ import torch
 from spotserve.core.batching import SequenceKey
 from spotserve.core.ids import RequestId
 from spotserve.core.slices import kv_head_range, max_tensor_degree, shard_slices, stage_shard
-from spotserve.core.spec import DTYPE_BYTES, LatencyPoint, ModelSpec, Profile
+from spotserve.core.spec import DTYPE_BYTES, LatencyPoint, LinearKind, ModelSpec, Profile
 from spotserve.errors import SpecError, SpotServeError
 from spotserve.runtime.checkpoint import TORCH_DTYPES, Checkpoint
 from spotserve.runtime.checkpoint_header import CheckpointLayout, validate_checkpoint
@@ -54,9 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", choices=sorted(DTYPE_BYTES))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--linear", choices=get_args(LinearKind), default="plain")
     options = parser.parse_args(arguments)
     try:
-        profile = measure(options.folder, dtype=options.dtype, device=options.device)
+        profile = measure(options.folder, dtype=options.dtype, device=options.device, linear=options.linear)
     except SpotServeError as error:
         lines = [error.message] if error.hint is None else [error.message, f"hint: {error.hint}"]
         sys.stderr.write("\n".join(lines) + "\n")
@@ -65,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def measure(folder: Path, *, dtype: str | None = None, device: str = "cpu") -> Profile:
+def measure(folder: Path, *, dtype: str | None = None, device: str = "cpu", linear: LinearKind = "plain") -> Profile:
     """The profile of a model folder on this machine."""
     if device == "cuda" and not torch.cuda.is_available():
         raise SpecError("--device cuda has no CUDA device", hint="leave --device out to measure on the CPU")
@@ -74,12 +76,12 @@ def measure(folder: Path, *, dtype: str | None = None, device: str = "cpu") -> P
     layout = validate_checkpoint(folder)
     storage = storage_bytes_per_s(layout)
     link, round_trip_s = loopback_rates()
-    stage = build_stage(folder, model, num_layers=min(3, model.num_layers), layout=layout, device=device)
+    stage = build_stage(folder, model, num_layers=min(3, model.num_layers), layout=layout, device=device, linear=linear)
     start_s = time.time() - psutil.Process().create_time()
     whole_ms = {rows: forward_ms(stage, rows, device=device) for rows in row_counts(model)}
     overhead_ms = 0.0
     if model.num_layers > 1:
-        single = build_stage(folder, model, num_layers=1, layout=layout, device=device)
+        single = build_stage(folder, model, num_layers=1, layout=layout, device=device, linear=linear)
         overhead_ms = stage_overhead_ms(forward_ms(single, 1, device=device), whole_ms[1], stage.shard.layers[1])
     layers = stage.shard.layers[1]
     layer_ms = monotone({rows: max(1e-4, (total_ms - overhead_ms) / layers) for rows, total_ms in whole_ms.items()})
@@ -112,7 +114,7 @@ def row_counts(model: ModelSpec) -> tuple[int, ...]:
 
 
 def build_stage(
-    folder: Path, model: ModelSpec, *, num_layers: int, layout: CheckpointLayout, device: str
+    folder: Path, model: ModelSpec, *, num_layers: int, layout: CheckpointLayout, device: str, linear: LinearKind
 ) -> StageModel:
     """The first `num_layers` layers as a worker would run them, weights loaded, at tensor degree 1."""
     shard = stage_shard(model, layers=(0, num_layers), tensor=1, rank=0)
@@ -130,7 +132,7 @@ def build_stage(
         dtype=TORCH_DTYPES[model.dtype],
         device=device,
     )
-    return StageModel(folder, model, shard, weights, kv, device=device)
+    return StageModel(folder, model, shard, weights, kv, prepacked=linear == "prepacked", device=device)
 
 
 def forward_ms(stage: StageModel, rows: int, *, device: str) -> float:
@@ -139,11 +141,11 @@ def forward_ms(stage: StageModel, rows: int, *, device: str) -> float:
     if rows <= MAX_DECODE_ROWS:
         keys = [SequenceKey(RequestId(f"decode-{index}"), 0, 0) for index in range(rows)]
         if context:
-            stage.forward(batch_of(keys, start=0, count=context))
-        batch = batch_of(keys, start=context, count=1)
+            stage.forward(batch_of(stage.model, keys, start=0, count=context))
+        batch = batch_of(stage.model, keys, start=context, count=1)
     else:
         keys = [SequenceKey(RequestId("prefill"), 0, 0)]
-        batch = batch_of(keys, start=0, count=rows)
+        batch = batch_of(stage.model, keys, start=0, count=rows)
     try:
         return least_ms(lambda: stage.forward(batch), device=device)
     finally:
@@ -151,11 +153,18 @@ def forward_ms(stage: StageModel, rows: int, *, device: str) -> float:
             stage.kv.free(key)
 
 
-def batch_of(keys: list[SequenceKey], *, start: int, count: int) -> StageBatch:
-    """`count` tokens of each sequence from `start` on, token 0 throughout: what they say costs nothing."""
+def batch_of(model: ModelSpec, keys: list[SequenceKey], *, start: int, count: int) -> StageBatch:
+    """`count` tokens of each sequence from `start` on, all of them different: equal rows would share their experts."""
     return StageBatch(
         tuple(
-            BatchSequence(key=key, start=start, count=count, wants_logits=False, token_ids=(0,) * count) for key in keys
+            BatchSequence(
+                key=key,
+                start=start,
+                count=count,
+                wants_logits=False,
+                token_ids=tuple((7919 * position + 613 * index) % model.vocab_size for position in range(count)),
+            )
+            for index, key in enumerate(keys)
         )
     )
 

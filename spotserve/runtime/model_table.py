@@ -8,7 +8,9 @@ the coordinator never imports transformers.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,37 +20,16 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from spotserve.core.slices import column_chunks, head_chunks
-from spotserve.core.spec import DTYPE_BYTES, Axis, DType, ModelSpec, Parameter, ParameterKind, Segment
+from spotserve.core.spec import DTYPE_BYTES, Axis, DType, ModelSpec, Parameter, Segment
 from spotserve.errors import ModelError
 from spotserve.runtime.architecture import read_architecture
 from spotserve.runtime.checkpoint_header import CheckpointLayout, validate_checkpoint
-
-KINDS: Mapping[str, ParameterKind] = {
-    "colwise": "col",
-    "colwise_gather_output": "col",
-    "colwise_rep": "col",
-    "rowwise": "row",
-    "replicated_with_grad_allreduce": "replicated",
-}
-"""The style strings of transformers' plans that we execute, and what each means to us."""
+from spotserve.runtime.family import ModelParts, Split, layer_windows, model_parts
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose angles depend on the position alone, not on the length of the sequence."""
 
-EMBEDDING = "model.embed_tokens.weight"
-FINAL_NORM = "model.norm.weight"
-HEAD = "lm_head.weight"
-
-# Module name below a layer -> the axis its split dimension follows.
-_AXES: Mapping[str, str] = {
-    "self_attn.q_proj": "q_heads",
-    "self_attn.k_proj": "kv_heads",
-    "self_attn.v_proj": "kv_heads",
-    "self_attn.o_proj": "q_heads",
-    "mlp.gate_proj": "mlp",
-    "mlp.up_proj": "mlp",
-    "mlp.down_proj": "mlp",
-}
+HEAD_AXES = ("q_heads", "kv_heads")
 
 
 def describe_model(folder: Path, dtype: str | None = None) -> ModelSpec:
@@ -67,26 +48,32 @@ def describe_model(folder: Path, dtype: str | None = None) -> ModelSpec:
     model_class = getattr(transformers, architecture)
     if not isinstance(config, model_class.config_class):
         raise ModelError(f"{folder / 'config.json'}: model_type {config.model_type} is not that of {architecture}")
+    parts = model_parts(architecture, model_class)
     _check_features(config)
-    with torch.device("meta"):
-        module = model_class(config)
+    try:
+        with torch.device("meta"):
+            module = model_class(config)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"{folder / 'config.json'}: transformers builds no {architecture} of it: {error}") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters(remove_duplicate=False)}
-    axes = _axes(config)
-    parameters = _parameters(config, _plan(config, model_class), shapes)
+    q_heads, kv_heads, head_dim = head_counts(config)
+    sizes = {"q_heads": q_heads, "kv_heads": kv_heads} | _mlp_sizes(parts, shapes)
+    table = _Table(parts, sizes, head_dim, config)
+    parameters = _as_stored(layout, table.parameters(shapes), parts)
     _check_stored(layout, parameters, config.num_hidden_layers)
     return ModelSpec(
         name=folder.resolve().name,
         digest=layout.digest,
         architecture=architecture,
-        dtype=_serving_dtype(folder, layout, dtype),
+        dtype=_serving_dtype(folder, layout, parameters, dtype),
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
-        num_q_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=_head_dim(config),
+        num_q_heads=q_heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
         vocab_size=config.vocab_size,
         max_model_len=config.max_position_embeddings,
-        axes=axes,
+        axes=_axes(sizes, config.vocab_size),
         parameters=parameters,
     )
 
@@ -101,105 +88,177 @@ def load_config(folder: Path) -> Any:
 
 
 def _check_features(config: Any) -> None:
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope not in ROPE_TYPES:
-        raise ModelError(f"rope_type {rope} is not supported, known: {', '.join(ROPE_TYPES)}")
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise ModelError(
-            f"{config.num_attention_heads} q heads are no multiple of {config.num_key_value_heads} kv heads"
-        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    # One set of parameters, or one for each type of layer.
+    for each in [rope] if not any(isinstance(value, dict) for value in rope.values()) else rope.values():
+        rope_type = (each or {}).get("rope_type", "default")
+        if rope_type not in ROPE_TYPES:
+            raise ModelError(f"rope_type {rope_type} is not supported, known: {', '.join(ROPE_TYPES)}")
+    layer_windows(config)
+    if getattr(config, "use_bidirectional_attention", None):
+        raise ModelError("config.json has use_bidirectional_attention, which is not supported")
+    q_heads, kv_heads, _ = head_counts(config)
+    if q_heads % kv_heads:
+        raise ModelError(f"{q_heads} q heads are no multiple of {kv_heads} kv heads")
 
 
-def _head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+def head_counts(config: Any) -> tuple[int, int, int]:
+    """(q heads, kv heads, head_dim) of a model."""
+    q_heads = int(config.num_attention_heads)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or q_heads)
+    return q_heads, kv_heads, int(getattr(config, "head_dim", None) or config.hidden_size // q_heads)
 
 
-def _axes(config: Any) -> tuple[Axis, ...]:
-    q_heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+def _mlp_sizes(parts: ModelParts, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The sizes of the axes that are not heads, from the weights that are split along them."""
+    sizes: dict[str, int] = {}
+    for name, shape in shapes.items():
+        below = parts.below_layer(name)
+        split = parts.splits.get(below.removesuffix(".weight")) if below is not None else None
+        if split is not None and split.axes and split.axes[0] not in HEAD_AXES:
+            width = shape[-1] if (split.kind == "row") != split.transposed else shape[-2]
+            sizes.setdefault(split.axes[0], width // len(split.axes))
+    return sizes
+
+
+def _axes(sizes: Mapping[str, int], vocab_size: int) -> tuple[Axis, ...]:
+    q_heads, kv_heads = sizes["q_heads"], sizes["kv_heads"]
     return (
         Axis(name="q_heads", size=q_heads, chunks=head_chunks(q_heads)),
         Axis(name="kv_heads", size=kv_heads, cover_of="q_heads", group=q_heads // kv_heads),
-        Axis(name="mlp", size=config.intermediate_size, chunks=column_chunks(config.intermediate_size)),
-        Axis(name="vocab", size=config.vocab_size, chunks=column_chunks(config.vocab_size)),
+        *(
+            Axis(name=name, size=size, chunks=column_chunks(size))
+            for name, size in sizes.items()
+            if name not in HEAD_AXES
+        ),
+        Axis(name="vocab", size=vocab_size, chunks=column_chunks(vocab_size)),
     )
 
 
-def _plan(config: Any, model_class: Any) -> dict[str, ParameterKind]:
-    """Module name (with `{layer}`) to kind, from the plans of the config class and the model class."""
-    styles = {
-        f"model.{module}".replace(".*.", ".{layer}."): style
-        for module, style in (type(config).base_model_tp_plan or {}).items()
-    }
-    # The instance attribute would be the merged plan; the class's own has just the head.
-    styles |= model_class._tp_plan or {}
-    unknown = sorted(set(styles.values()) - set(KINDS))
-    if unknown:
-        raise ModelError(f"parallel style {unknown[0]} is unknown, known: {', '.join(KINDS)}")
-    return {module: KINDS[style] for module, style in styles.items()}
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """Makes the rows of a model's parameter table; `sizes` are those of the axes."""
 
+    parts: ModelParts
+    sizes: Mapping[str, int]
+    head_dim: int
+    config: Any
 
-def _parameters(
-    config: Any, plan: Mapping[str, ParameterKind], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[Parameter, ...]:
-    rows: dict[str, Parameter] = {}
-    for name, shape in shapes.items():
-        template = ".".join("{layer}" if part.isdigit() else part for part in name.split("."))
-        if template not in rows:
-            rows[template] = _parameter(config, plan, template, shape)
-        elif rows[template].shape != shape:
-            raise ModelError(f"{name} has shape {shape}, other layers {rows[template].shape}")
-    return tuple(rows.values())
+    def parameters(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Parameter, ...]:
+        """One row per name, that of the layers with `{layer}` in it."""
+        rows: dict[str, Parameter] = {}
+        first: dict[str, tuple[int, ...]] = {}
+        counts: Counter[str] = Counter()
+        for name, shape in shapes.items():
+            template = name
+            below = self.parts.below_layer(name)
+            if below is not None:
+                template = f"{self.parts.layers}.{{layer}}.{below}"
+            if template not in rows:
+                rows[template] = self._row(template, shape, below)
+                first[template] = shape
+            elif first[template] != shape:
+                raise ModelError(f"{name} has shape {shape}, other layers {first[template]}")
+            counts[template] += 1
+        num_layers = self.config.num_hidden_layers
+        for name, row in rows.items():
+            if row.stage == "layer" and counts[name] != num_layers:
+                raise ModelError(
+                    f"{name} is in {counts[name]} of {num_layers} layers",
+                    hint="models with layers of two kinds are not served",
+                )
+        return tuple(rows.values())
 
-
-def _parameter(config: Any, plan: Mapping[str, ParameterKind], name: str, shape: tuple[int, ...]) -> Parameter:
-    module, leaf = name.rsplit(".", 1)
-    if name == EMBEDDING:
-        return Parameter(name=name, shape=shape, kind="replicated", stage="first")
-    if name == FINAL_NORM:
-        return Parameter(name=name, shape=shape, kind="replicated", stage="last")
-    if name == HEAD:
-        if plan.get("lm_head") != "col":
-            raise ModelError(f"the plan gives lm_head as {plan.get('lm_head')}, expected col")
-        segments = (Segment(offset=0, axis="vocab", unit=1),)
-        source = EMBEDDING if config.tie_word_embeddings else None
-        return Parameter(name=name, shape=shape, kind="col", segments=segments, stage="last", source=source)
-    if not name.startswith("model.layers.{layer}."):
+    def _row(self, name: str, shape: tuple[int, ...], below: str | None) -> Parameter:
+        module = name.rsplit(".", 1)[0]
+        if below is not None:
+            return self._layer_row(name, shape, below)
+        if module in (self.parts.embedding, self.parts.positions):
+            return Parameter(name=name, shape=shape, kind="replicated", stage="first")
+        if module == self.parts.norm:
+            return Parameter(name=name, shape=shape, kind="replicated", stage="last")
+        if module == self.parts.head:
+            segments = (Segment(offset=0, axis="vocab", unit=1),)
+            tied = self.config.tie_word_embeddings and name.endswith(".weight")
+            source = f"{self.parts.embedding}.weight" if tied else None
+            return Parameter(name=name, shape=shape, kind="col", segments=segments, stage="last", source=source)
         raise ModelError(f"parameter {name} has no known place in the pipeline")
-    kind = plan.get(module, "replicated")
-    if kind == "replicated" or (kind == "row" and leaf == "bias"):
-        return Parameter(name=name, shape=shape, kind="replicated", stage="layer")
-    dim = 1 if kind == "row" else 0
-    segment = _segment(config, module.removeprefix("model.layers.{layer}."), shape[dim])
-    return Parameter(name=name, shape=shape, kind=kind, dim=dim, segments=(segment,), stage="layer")
+
+    def _layer_row(self, name: str, shape: tuple[int, ...], below: str) -> Parameter:
+        module, leaf = below.rsplit(".", 1)
+        # Experts are parameters of three dimensions, not modules: the plan names them whole.
+        split = self.parts.splits.get(below) or self.parts.splits.get(module) or self._whole(below, shape)
+        if split.kind == "replicated" or (split.kind == "row" and leaf == "bias"):
+            return Parameter(name=name, shape=shape, kind="replicated", stage="layer")
+        transposed = split.transposed and leaf == "weight"
+        if transposed:
+            shape = shape[::-1]
+        dim = len(shape) - 1 if split.kind == "row" or len(shape) == 1 else len(shape) - 2
+        segments = self._segments(below, split, shape[dim])
+        return Parameter(
+            name=name,
+            shape=shape,
+            kind=split.kind,
+            dim=dim,
+            segments=segments,
+            stage="layer",
+            transposed=transposed,
+        )
+
+    def _whole(self, below: str, shape: tuple[int, ...]) -> Split:
+        """What no plan names is held whole if it is a norm: over one head in attention, else over the hidden size."""
+        axis = self.parts.family.norms.get(below.rsplit(".", 1)[0])
+        in_attention = below.startswith(f"{self.parts.attention}.")
+        width = self.head_dim if in_attention else self.config.hidden_size
+        # A list of modules may be one per head, of which a rank needs its own.
+        is_listed = any(part.isdigit() for part in below.split("."))
+        if is_listed or shape != (width if axis is None else self.sizes[axis] * self.head_dim,):
+            raise ModelError(f"parameter {below} of shape {shape} is in no parallel plan")
+        return Split("replicated")
+
+    def _segments(self, below: str, split: Split, width: int) -> tuple[Segment, ...]:
+        segments: list[Segment] = []
+        offset = 0
+        for axis in split.axes:
+            unit = self.head_dim * split.heads if axis in HEAD_AXES and not split.counts_heads else 1
+            segments.append(Segment(offset=offset, axis=axis, unit=unit))
+            offset += unit * self.sizes[axis]
+        if width != offset:
+            raise ModelError(f"{below} is {width} wide, expected {offset} for axes {', '.join(split.axes)}")
+        return tuple(segments)
 
 
-def _segment(config: Any, module: str, width: int) -> Segment:
-    if module not in _AXES:
-        raise ModelError(f"module {module} is split by no known axis, known: {', '.join(_AXES)}")
-    axis = _AXES[module]
-    unit = 1 if axis == "mlp" else _head_dim(config)
-    size = {
-        "q_heads": config.num_attention_heads,
-        "kv_heads": config.num_key_value_heads,
-        "mlp": config.intermediate_size,
-    }[axis]
-    if width != size * unit:
-        raise ModelError(f"module {module} is {width} wide, expected {size} x {unit}")
-    return Segment(offset=0, axis=axis, unit=unit)
+def _as_stored(layout: CheckpointLayout, parameters: tuple[Parameter, ...], parts: ModelParts) -> tuple[Parameter, ...]:
+    """The rows with the names that this checkpoint has: their own, the family's other ones, or without the base."""
+    result = []
+    for parameter in parameters:
+        own = parameter.source or parameter.name
+        without_base = own.removeprefix(f"{parts.base}.") if isinstance(own, str) else own
+        for source in (own, parts.family.stored.get(parameter.name), without_base):
+            named = parameter.model_copy(update={"source": None if source == parameter.name else source})
+            if source is not None and named.stored()[0][0] in layout.tensors:
+                break
+        else:
+            named = parameter
+        result.append(named)
+    return tuple(result)
 
 
 def _check_stored(layout: CheckpointLayout, parameters: tuple[Parameter, ...], num_layers: int) -> None:
     for parameter in parameters:
         for layer in range(num_layers) if parameter.stage == "layer" else [0]:
-            stored = layout.tensor((parameter.source or parameter.name).replace("{layer}", str(layer)))
-            if stored.shape != parameter.shape:
-                raise ModelError(
-                    f"{stored.file}: {stored.name} has shape {stored.shape}, config.json says {parameter.shape}"
-                )
+            for name, shape in parameter.stored(layer):
+                stored = layout.tensor(name)
+                if stored.shape != shape:
+                    raise ModelError(f"{stored.file}: {stored.name} has shape {stored.shape}, config.json says {shape}")
 
 
-def _serving_dtype(folder: Path, layout: CheckpointLayout, dtype: str | None) -> DType:
-    stored = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(layout.tensor(EMBEDDING).dtype)
+def _serving_dtype(
+    folder: Path, layout: CheckpointLayout, parameters: tuple[Parameter, ...], dtype: str | None
+) -> DType:
+    first = next(parameter for parameter in parameters if parameter.stage == "first")
+    [(name, _)] = first.stored()
+    stored = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(layout.tensor(name).dtype)
     chosen = dtype if dtype is not None else stored
     if chosen not in DTYPE_BYTES:
         raise ModelError(f"{folder}: dtype {chosen} is not supported, known: {', '.join(DTYPE_BYTES)}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from spotserve.core.canonical import canonical_json
-from spotserve.core.spec import Profile
+from spotserve.core.spec import LinearKind, Profile
 from spotserve.errors import ModelError, SpotServeError
 from spotserve.runtime.checkpoint_header import validate_checkpoint
 
@@ -26,7 +26,13 @@ CACHE_VERSION = 2
 
 
 def profile_of(
-    folder: Path, *, device: str = "cpu", dtype: str | None = None, cache: Path, again: bool = False
+    folder: Path,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    linear: LinearKind = "plain",
+    cache: Path,
+    again: bool = False,
 ) -> Profile:
     """The profile of a model folder: the kept one, else a new measurement.
 
@@ -34,21 +40,22 @@ def profile_of(
         folder: the model's checkpoint.
         device: `cpu` or `cuda`.
         dtype: None is the checkpoint's own.
+        linear: what the weights are multiplied with.
         cache: the folder that keeps profiles.
         again: measure even if one is kept.
     """
-    path = cache / cache_name(folder, device=device, dtype=dtype)
+    path = cache / cache_name(folder, device=device, dtype=dtype, linear=linear)
     if not again and (kept := read_profile(path)) is not None:
         return kept
-    profile = measured_profile(folder, device=device, dtype=dtype)
+    profile = measured_profile(folder, device=device, dtype=dtype, linear=linear)
     write_whole(path, canonical_json(profile))
     return profile
 
 
-def cache_name(folder: Path, *, device: str, dtype: str | None) -> str:
+def cache_name(folder: Path, *, device: str, dtype: str | None, linear: LinearKind = "plain") -> str:
     """The file name that a profile is kept under."""
     digest = validate_checkpoint(folder).digest
-    key = f"{CACHE_VERSION}:{digest}:{dtype or 'stored'}:{device}"
+    key = f"{CACHE_VERSION}:{digest}:{dtype or 'stored'}:{device}" + ("" if linear == "plain" else f":{linear}")
     return hashlib.sha256(key.encode()).hexdigest()[:32] + ".json"
 
 
@@ -60,9 +67,11 @@ def read_profile(path: Path) -> Profile | None:
         return None
 
 
-def measured_profile(folder: Path, *, device: str, dtype: str | None) -> Profile:
+def measured_profile(folder: Path, *, device: str, dtype: str | None, linear: LinearKind) -> Profile:
     """A new measurement in a process with torch."""
-    answer = answer_of("spotserve.runtime.measure", folder, dtype=dtype, options=("--device", device))
+    answer = answer_of(
+        "spotserve.runtime.measure", folder, dtype=dtype, options=("--device", device, "--linear", linear)
+    )
     return Profile.model_validate_json(answer)
 
 

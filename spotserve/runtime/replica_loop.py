@@ -16,15 +16,27 @@ from torch import Tensor
 
 from spotserve.core.batching import SequenceKey
 from spotserve.core.ids import ReplicaId
-from spotserve.core.sampling import SamplingParameters
+from spotserve.core.sampling import SamplingParameters, TokenLogprobs
 from spotserve.core.wire import ReplicaBroken, WorkerMessage
 from spotserve.errors import InvariantError, MeshError
 from spotserve.log import get_logger
 from spotserve.runtime.checkpoint import TORCH_DTYPES
-from spotserve.runtime.descriptor import Adopt, Answer, Free, Missing, Run, Sampled, Stop, decode, encode
+from spotserve.runtime.descriptor import (
+    Admitted,
+    Adopt,
+    Answer,
+    Free,
+    Missing,
+    Run,
+    RunItem,
+    Sampled,
+    Stop,
+    decode,
+    encode,
+)
 from spotserve.runtime.kv_migration import IncomingKv
 from spotserve.runtime.mesh import Mesh
-from spotserve.runtime.sampler import Draw, sample
+from spotserve.runtime.sampler import Draw, History, sample, token_logprobs
 from spotserve.runtime.stage_model import BatchSequence, StageBatch, StageModel
 
 LEADER = 0
@@ -64,6 +76,25 @@ class Place:
         return self.mesh_rank == LEADER
 
 
+@dataclass(frozen=True, slots=True)
+class _Sampling:
+    """What the sampler knows of a sequence: all that a token depends on beside its logits."""
+
+    parameters: SamplingParameters
+    history: History | None
+
+    @classmethod
+    def of(cls, admitted: Admitted) -> _Sampling:
+        """As the leader told it, which knows every token wherever the sequence comes from."""
+        parameters = admitted.sampling
+        return cls(parameters, History(admitted.history) if parameters.needs_history else None)
+
+    def draw(self, item: RunItem) -> Draw:
+        """What its next token is drawn by."""
+        assert item.position is not None
+        return Draw(self.parameters, item.key.choice, item.position, self.history)
+
+
 class StageRunner:
     """One rank's part of an iteration: descriptor and activations in, activations or tokens out."""
 
@@ -72,20 +103,22 @@ class StageRunner:
         self.mesh = mesh
         self._model = model
         self._incoming = incoming
-        self._sampling: dict[SequenceKey, SamplingParameters] = {}
+        self._sampling: dict[SequenceKey, _Sampling] = {}
 
-    def run(self, run: Run) -> tuple[int, ...] | None:
-        """Execute a micro-batch; the sampled tokens on the sampler rank, None elsewhere."""
+    def run(self, run: Run) -> Sampled | None:
+        """Execute a micro-batch; what was sampled on the sampler rank, None elsewhere."""
         self.free(run.freed)
-        self._sampling.update(run.admitted)
+        if self.place.mesh_rank == self.place.sampler:
+            self._sampling.update((admitted.key, _Sampling.of(admitted)) for admitted in run.admitted)
         batch = StageBatch(
             tuple(
                 BatchSequence(
                     key=item.key,
                     start=item.start,
                     count=item.count,
-                    wants_logits=item.position is not None,
+                    wants_logits=item.num_logits > 0,
                     token_ids=item.token_ids,
+                    num_logits=item.num_logits,
                 )
                 for item in run.items
             )
@@ -117,13 +150,37 @@ class StageRunner:
         self.mesh.recv_tensor(self.place.mesh_rank - self.place.tensor, hidden)
         return hidden
 
-    def _sample(self, run: Run, logits: Tensor) -> tuple[int, ...]:
-        draws = [
-            Draw(self._sampling[item.key], item.key.choice, item.position)
-            for item in run.items
-            if item.position is not None
-        ]
-        return tuple(sample(logits, draws))
+    def _sample(self, run: Run, logits: Tensor) -> Sampled:
+        prompt_logprobs, draws, rows, row = [], [], [], 0
+        for index, item in enumerate(run.items):
+            if item.targets:
+                scored = self._score(item, logits[row : row + len(item.targets)])
+                prompt_logprobs.append((index, scored))
+            row += item.num_logits
+            if item.position is not None:
+                draws.append(self._sampling[item.key].draw(item))
+                rows.append(row - 1)
+        sampled = logits[rows] if prompt_logprobs else logits
+        token_ids = tuple(sample(sampled, draws))
+        for draw, token_id in zip(draws, token_ids, strict=True):
+            if draw.history is not None:
+                draw.history.add(token_id)
+        return Sampled(run.number, token_ids, _logprobs(sampled, draws, token_ids), tuple(prompt_logprobs))
+
+    def _score(self, item: RunItem, logits: Tensor) -> tuple[TokenLogprobs, ...]:
+        """The logprobs of the prompt tokens that follow these rows."""
+        num_top = self._sampling[item.key].parameters.logprobs or 0
+        return tuple(token_logprobs(row, target, num_top) for row, target in zip(logits, item.targets, strict=True))
+
+
+def _logprobs(logits: Tensor, draws: Sequence[Draw], token_ids: Sequence[int]) -> tuple[TokenLogprobs | None, ...]:
+    """Of each new token whose request asked; empty when none did."""
+    if all(draw.parameters.logprobs is None for draw in draws):
+        return ()
+    return tuple(
+        None if (num_top := draw.parameters.logprobs) is None else token_logprobs(row, token_id, num_top)
+        for row, draw, token_id in zip(logits, draws, token_ids, strict=True)
+    )
 
 
 class ReplicaLoop:
@@ -200,8 +257,7 @@ class Follower(ReplicaLoop):
                 case Free():
                     self._runner.free(descriptor.keys)
                 case Run():
-                    tokens = self._runner.run(descriptor)
-                    answer = None if tokens is None else Sampled(descriptor.number, tokens)
+                    answer = self._runner.run(descriptor)
                 case Adopt():
                     answer = self._runner.adopt(descriptor)
                 case Stop():

@@ -27,7 +27,7 @@ from spotserve.core.cost import (
 from spotserve.core.plan import SolverReport
 from spotserve.core.slices import max_tensor_degree
 from spotserve.core.snapshot import Replica
-from spotserve.core.spec import ServingSpec
+from spotserve.core.spec import ServingSpec, weight_copies
 
 TOLERANCE_PERMILLE = 50
 RESHAPE_GAIN_PERMILLE = 1250
@@ -118,7 +118,8 @@ def _rows_of_shape(
     reshaped: bool,
 ) -> list[Candidate]:
     shards = replica_shards(spec.model, pipeline=pipeline, tensor=tensor)
-    weights = [sizes.weights(shard) for shard in shards]
+    copies = weight_copies(spec.linear)
+    weights = [copies * sizes.weights(shard) for shard in shards]
     block_bytes = [sizes.block(shard) for shard in shards]
     least = least_kv_blocks(spec.limits)
     needs = max(held + least * block for held, block in zip(weights, block_bytes, strict=True))

@@ -43,6 +43,7 @@ from spotserve.core.plan import (
 )
 from spotserve.core.slices import Shard, kv_block_bytes, layer_split
 from spotserve.core.snapshot import Holding, Replica, Stage
+from spotserve.core.spec import weight_copies
 from spotserve.errors import SpecError, SpotServeError
 from spotserve.solvers.configure import Candidate, Choice, configure, tabulate
 from spotserve.solvers.draft import (
@@ -94,6 +95,11 @@ class Planner:
     held: dict[GpuId, Ranges]
     reports: dict[str, SolverReport] = field(default_factory=dict)
     free: dict[GpuId, int] = field(default_factory=dict)
+
+    @property
+    def copies(self) -> int:
+        """How often weights take memory."""
+        return weight_copies(self.problem.spec.linear)
 
     @property
     def policy(self) -> str:
@@ -522,7 +528,7 @@ class Planner:
         """Whether a position and the smallest KV pool fit beside what a GPU has now."""
         limits = self.problem.spec.limits
         block = kv_block_bytes(self.problem.spec.model, shard, block_tokens=limits.kv_block_tokens)
-        incoming = self.catalog.shard_bytes(shard) - overlap
+        incoming = self.copies * self.catalog.shard_bytes(shard) - overlap
         pool = 0 if self._inherited(gpu, shard) is not None else least_kv_blocks(limits) * block
         return incoming + pool <= self._free_now(gpu)
 
@@ -533,7 +539,7 @@ class Planner:
     def _free_now(self, gpu: GpuId) -> int:
         """Memory that neither held weights nor a KV pool takes."""
         if gpu not in self.free:
-            free = self.view.memory[gpu] - self.catalog.bytes(self.held.get(gpu, {}))
+            free = self.view.memory[gpu] - self.copies * self.catalog.bytes(self.held.get(gpu, {}))
             for replica in self.problem.snapshot.world.replicas:
                 if gpu in replica.gpus:
                     free -= pool_bytes(self.catalog, self.problem, replica, gpu)
@@ -543,7 +549,9 @@ class Planner:
     def _live_room(self, gpu: GpuId, shard: Shard) -> int:
         """Memory left for a new KV pool while the old generation still runs."""
         missing = without(self.catalog.owned(shard), self.held.get(gpu, {}))
-        return self._free_now(gpu) - self.catalog.bytes(missing)
+        # Copies are laid out for one position: a new one shares none with the old one that still runs.
+        laid_out = (self.copies - 1) * self.catalog.shard_bytes(shard)
+        return self._free_now(gpu) - self.catalog.bytes(missing) - laid_out
 
     def _room_of_heir(self, gpu: GpuId, shard: Shard) -> int:
         """The same, where a pool of the same rectangle is taken over instead of a second one beside it."""
@@ -568,7 +576,7 @@ class Planner:
         blocks = most_kv_blocks(limits)
         for index, gpu in enumerate(replica.gpus):
             shard = shard_at(self.problem.spec.model, replica, index)
-            steady = self.view.memory[gpu] - self.catalog.shard_bytes(shard)
+            steady = self.view.memory[gpu] - self.copies * self.catalog.shard_bytes(shard)
             roomy = kv_blocks_within(self.problem.spec.model, limits, shard, steady - limits.migration_headroom_bytes)
             tight = kv_blocks_within(self.problem.spec.model, limits, shard, steady)
             blocks = min(blocks, max(roomy, min(tight, least_kv_blocks(limits))))

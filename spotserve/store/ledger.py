@@ -44,6 +44,7 @@ from spotserve.store.live_request import (
     StagedChange,
     StagedRun,
     contradicts,
+    is_whole,
     stage_close,
     stage_closed,
 )
@@ -68,10 +69,10 @@ RETENTION_S = 15 * 60.0
 WINDOW_S = 0.002
 """Commits begin at least this far apart under load (the contract allows 5 ms)."""
 
-Judge = Callable[[tuple[str, ...], Sequence[int], Sequence[int]], int | None]
-"""(stop strings, earlier token ids of the choice, new ids) -> how many of the new ids are kept when the choice closes
-with "stop" here, None when it goes on. Called in the writer thread, only for requests with stop strings; it must be
-total, and must not keep or change what it is given."""
+Judge = Callable[[tuple[str, ...], Sequence[int], Sequence[int], int], int | None]
+"""(stop strings, earlier token ids of the choice, new ids, `min_tokens`) -> how many of the new ids are kept when the
+choice closes with "stop" here, None when it goes on. Called in the writer thread, only for requests with stop strings;
+it must be total, and must not keep or change what it is given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,6 +330,8 @@ class Ledger:
                     choice=index,
                     token_ids=tuple(choice.tokens[: choice.num_durable]),
                     finish_reason=choice.finish_reason,
+                    logprobs=tuple(choice.logprobs[: choice.num_durable]),
+                    prompt_logprobs=choice.prompt_logprobs,
                 )
                 for index, choice in enumerate(live.choices)
             )
@@ -349,6 +352,7 @@ class Ledger:
             state=stored.ended or live_state or ("decoding" if started else "queued"),
             created_unix_s=stored.created_unix_s,
             prompt_ids=stored.new.prompt_ids,
+            sampling=stored.new.sampling,
             stop=stored.new.stop,
             choices=stored.choices,
             error=stored.error,
@@ -404,7 +408,12 @@ class Ledger:
                 if tokens or choice.finish_reason is not None:
                     deltas.append(
                         ChoiceDelta(
-                            choice=index, position=position, token_ids=tokens, finish_reason=choice.finish_reason
+                            choice=index,
+                            position=position,
+                            token_ids=tokens,
+                            finish_reason=choice.finish_reason,
+                            logprobs=tuple(choice.logprobs[position : choice.num_durable]),
+                            prompt_logprobs=choice.prompt_logprobs if position == 0 else (),
                         )
                     )
         return deltas
@@ -441,7 +450,7 @@ class Ledger:
         staged.named[run.request, run.choice] = (live, choice)
         num_known = len(choice.tokens)
         new_ids = run.token_ids[max(0, num_known - run.position) :]
-        if contradicts(choice, run):
+        if contradicts(choice, run) or not is_whole(live.new, run):
             self.counters.conflicts += 1
             get_logger("store").error(
                 "token_conflict", request=run.request, choice=run.choice, position=run.position, replica=sender.replica
@@ -465,12 +474,18 @@ class Ledger:
         num_known = len(choice.tokens)
         kept = self._judged(live, choice, new_ids)
         new_ids = new_ids[:kept]
-        if new_ids:
-            staged.runs.append(StagedRun(live.number, run.choice, num_known, sender, new_ids))
+        logprobs = run.logprobs[max(0, num_known - run.position) :][:kept]
+        prompt_logprobs = run.prompt_logprobs if num_known == 0 else ()
+        if new_ids or prompt_logprobs:
+            staged.runs.append(
+                StagedRun(live.number, run.choice, num_known, sender, new_ids, logprobs, prompt_logprobs)
+            )
             choice.tokens.extend(new_ids)
-            if live.first_token_by != sender:
-                live.first_token_by = sender
-                staged.first_tokens.append(run.request)
+            choice.logprobs += logprobs
+            choice.staged_prompt_logprobs = choice.staged_prompt_logprobs or prompt_logprobs
+        if new_ids and live.first_token_by != sender:
+            live.first_token_by = sender
+            staged.first_tokens.append(run.request)
         if kept is not None:
             stage_closed(staged, live, run.choice, "stop", "stop_string")
         elif run.finish_reason is not None:
@@ -481,7 +496,7 @@ class Ledger:
     def _judged(self, live: LiveRequest, choice: LiveChoice, new_ids: tuple[int, ...]) -> int | None:
         if self._judge is None or not live.new.stop or not new_ids:
             return None
-        kept = self._judge(live.new.stop, choice.tokens, new_ids)
+        kept = self._judge(live.new.stop, choice.tokens, new_ids, live.new.sampling.min_tokens)
         if kept is not None and not 0 <= kept <= len(new_ids):
             raise InvariantError(f"stop judge keeps {kept} of {len(new_ids)} tokens")
         return kept

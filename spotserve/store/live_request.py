@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 from spotserve.core.ids import ReplicaId, RequestId
 from spotserve.core.ports import NewRequest
+from spotserve.core.sampling import TokenLogprobs
 from spotserve.core.wire import FinishReason, TokenRun
 
 EndState = Literal["finished", "failed", "cancelled"]
@@ -58,16 +59,23 @@ class AppendOutcome:
 
 @dataclass(slots=True)
 class LiveChoice:
-    """`tokens` and `staged_reason` belong to the writer thread; readers see the first `num_durable` tokens."""
+    """`tokens`, `logprobs` and what is staged belong to the writer thread; readers see the first `num_durable` tokens.
+
+    `logprobs` are those of the tokens for a request that wants them, else none.
+    """
 
     tokens: array[int] = field(default_factory=lambda: array("I"))
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    staged_prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     staged_reason: FinishReason | None = None
     num_durable: int = 0
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: FinishReason | None = None
 
     def publish(self) -> None:
         """What was staged is durable: show it."""
         self.num_durable, self.finish_reason = len(self.tokens), self.staged_reason
+        self.prompt_logprobs = self.staged_prompt_logprobs
 
 
 @dataclass(slots=True, eq=False)
@@ -107,13 +115,15 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class StagedRun:
-    """New tokens of one choice and who made them: one row."""
+    """New tokens of one choice and who made them: one row, and one for each kind of logprobs they bring."""
 
     number: int
     choice: int
     position: int
     owner: Owner
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(slots=True)
@@ -157,6 +167,14 @@ class StagedChange:
             live.ended, live.error = ending.state, ending.error
             changed[live.number] = live
         return list(changed.values())
+
+
+def is_whole(new: NewRequest, run: TokenRun) -> bool:
+    """Whether a run brings the logprobs that its request wants, and no others."""
+    sampling = new.sampling
+    wanted = 0 if sampling.logprobs is None else len(run.token_ids)
+    prompted = sampling.prompt_logprobs and run.position == 0 and run.finish_reason != "error"
+    return (wanted, len(new.prompt_ids) - 1 if prompted else 0) == (len(run.logprobs), len(run.prompt_logprobs))
 
 
 def contradicts(choice: LiveChoice, run: TokenRun) -> bool:

@@ -84,6 +84,30 @@ SHARED_FIELDS: list[tuple[str, Any]] = [
     ("timeout_s", 1e9),
     ("timeout_s", "1"),
     ("model", 7),
+    ("presence_penalty", 2.1),
+    ("presence_penalty", -2.1),
+    ("presence_penalty", True),
+    ("frequency_penalty", 2.1),
+    ("frequency_penalty", "much"),
+    ("min_tokens", -1),
+    ("min_tokens", 3),
+    ("min_tokens", 1.0),
+    ("logit_bias", []),
+    ("logit_bias", {"the": 1}),
+    ("logit_bias", {"-1": 1}),
+    ("logit_bias", {"05": 1}),
+    ("logit_bias", {str(VOCAB_SIZE): 1}),
+    ("logit_bias", {"5": 100.5}),
+    ("logit_bias", {"5": -101}),
+    ("logit_bias", {"5": True}),
+    ("logit_bias", {"5": None}),
+    ("logit_bias", {str(token_id): 1 for token_id in range(1025)}),
+    ("logprobs", -1),
+    ("logprobs", 6),
+    ("logprobs", 1.5),
+    ("logprobs", "yes"),
+    ("top_logprobs", 2),
+    ("echo", 1),
 ]
 
 
@@ -96,11 +120,38 @@ def test_wrong_values(shared: Served, path: str, name: str, value: object) -> No
     assert (400, "invalid_request_error", name) == (status, error["type"], error["param"])
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "name"),
+    [
+        ("/v1/completions", {"logprobs": True}, "logprobs"),
+        ("/v1/completions", {"logprobs": 2, "top_logprobs": 2}, "top_logprobs"),
+        ("/v1/completions", {"max_tokens": 0, "logprobs": 1}, "max_tokens"),
+        ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ("/v1/chat/completions", {"logprobs": True, "top_logprobs": True}, "top_logprobs"),
+        ("/v1/chat/completions", {"echo": True}, "echo"),
+        ("/v1/chat/completions", {"echo": True, "max_tokens": 0}, "echo"),
+    ],
+)
+def test_each_endpoint_has_its_own_logprobs(shared: Served, path: str, fields: dict[str, Any], name: str) -> None:
+    """Tests that a completion counts its logprobs, a chat asks for them, and that only a completion echoes."""
+    status, error = post(shared, path, {**(COMPLETION if path == "/v1/completions" else CHAT), **fields})
+    assert (400, name) == (status, error["param"])
+
+
+def test_an_echoed_prompt_is_bounded(shared: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that logprobs of a prompt past the bound are refused, and that its echo alone is not."""
+    monkeypatch.setattr("spotserve.api.validation.MAX_SCORED_PROMPT_TOKENS", 3)
+    body = {**COMPLETION, "prompt": [5, 6, 7, 8], "echo": True}
+    status, error = post(shared, "/v1/completions", {**body, "logprobs": 0})
+    assert (400, "echo", True) == (status, error["param"], "of 4 tokens exceeds 3" in error["message"])
+    with shared.http() as client:
+        assert 200 == client.post("/v1/completions", json=body).status_code
+        assert 200 == client.post("/v1/completions", json={**body, "prompt": [5, 6, 7], "logprobs": 0}).status_code
+
+
 LATER_VALUES: dict[str, Any] = {
     "add_generation_prompt": False,
     "best_of": 2,
-    "frequency_penalty": 0.5,
-    "presence_penalty": -0.5,
     "repetition_penalty": 1.1,
     "response_format": {"type": "json_object"},
     "tool_choice": "required",
@@ -111,14 +162,14 @@ LATER_VALUES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-@pytest.mark.parametrize("name", [*sorted(_LATER_FIELDS), "logprobs"])
+@pytest.mark.parametrize("name", sorted(_LATER_FIELDS))
 def test_later_features_are_refused(shared: Served, path: str, name: str) -> None:
     """Tests that a field we cannot honour is refused when it asks for something, and taken when it does not."""
     body = {**(COMPLETION if path == "/v1/completions" else CHAT), name: LATER_VALUES.get(name, 1)}
     status, error = post(shared, path, body)
     assert (400, name) == (status, error["param"])
     assert "not supported yet" in error["message"]
-    body[name] = _LATER_FIELDS.get(name, (None,))[0]
+    body[name] = _LATER_FIELDS[name][0]
     with shared.http() as client:
         assert 200 == client.post(path, json=body).status_code
 
@@ -248,7 +299,7 @@ JSON_VALUES = st.recursive(
     lambda children: st.lists(children, max_size=4) | st.dictionaries(st.text(max_size=8), children, max_size=4),
     max_leaves=8,
 )
-NAMES = sorted({name for name, _ in SHARED_FIELDS} | {"prompt", "messages", "logprobs", *_LATER_FIELDS})
+NAMES = sorted({name for name, _ in SHARED_FIELDS} | {"prompt", "messages", *_LATER_FIELDS})
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

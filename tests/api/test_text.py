@@ -129,3 +129,87 @@ def test_the_judge_remembers_nothing_it_needs() -> None:
             assert StopJudge(BYTE_LEVEL)(stops, token_ids[:at], token_ids[at:]) == judge(
                 stops, token_ids[:at], token_ids[at:]
             )
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    token_ids=token_lists,
+    stops=stop_lists,
+    cuts=st.lists(st.integers(0, 60), max_size=8),
+    min_tokens=st.integers(0, 60),
+)
+def test_a_stop_string_counts_behind_the_least_tokens(
+    token_ids: list[int], stops: list[str], cuts: list[int], min_tokens: int
+) -> None:
+    """Tests against a search of the whole text that a stop string ends a choice iff a later token completes it."""
+    plain, ends, text = ChoiceText(BYTE_LEVEL), [], ""
+    for token_id in token_ids:
+        text += plain.push([token_id])
+        ends.append(len(text))
+    floor = ends[min_tokens - 1] if 0 < min_tokens <= len(ends) else 0
+    stopped_at = next(
+        (
+            count
+            for count in range(min_tokens + 1, len(ends) + 1)
+            for stop in stops
+            if text[: ends[count - 1]].find(stop, max(0, floor - len(stop) + 1)) >= 0
+        ),
+        None,
+    )
+    judge, stored = StopJudge(BYTE_LEVEL), list[int]()
+    for chunk in in_chunks(token_ids, cuts):
+        kept = judge(stops, stored, chunk, min_tokens)
+        stored += chunk if kept is None else chunk[:kept]
+        if kept is not None:
+            break
+    assert token_ids[:stopped_at] == stored
+    shown = visible_text(BYTE_LEVEL, stored, stops, closed=stopped_at is not None, min_tokens=min_tokens)
+    assert text.startswith(shown)
+    if stopped_at is not None:
+        assert any(text.startswith(stop, len(shown)) for stop in stops)
+
+
+def test_a_stop_string_that_came_too_early_stays_text() -> None:
+    """Tests that one held back beside a longer stop string does not end the choice when its letters are let go."""
+    letters = [BYTE_LEVEL.encode(letter, add_special_tokens=False)[0] for letter in "abcxbc"]
+    text = ChoiceText(BYTE_LEVEL, ["bc", "abcd"], min_tokens=3)
+    assert ["", "", "", "abcx", "", ""] == [text.push([letter]) for letter in letters]
+    assert (True, 6) == (text.stopped, text.num_tokens)
+
+
+@pytest.mark.parametrize("name", sorted(CODECS))
+def test_a_characters_bytes_over_tokens(name: str) -> None:
+    """Tests that token bytes put together are the bytes of the text, whatever characters lie across tokens."""
+    codec = CODECS[name]
+    for text in ("grüße 東京 🙂🙃", "naïve e\u0301 👩‍👩‍👧 \u200f", "ab cd"):
+        token_ids = codec.encode(text, add_special_tokens=False)
+        data = b"".join(codec.token_bytes(token_id) or b"" for token_id in token_ids)
+        # A Metaspace tokenizer puts a space in front, which decoding takes away.
+        assert text == data.decode().removeprefix(" " if name == "metaspace" else "")
+    assert codec.token_bytes(10_000) is None
+    assert b"<s>" == codec.token_bytes(0 if name == "byte_level" else 1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text=st.text("e\u0301ß東🙂👩\u200d", max_size=12),
+    stop=st.text("e\u0301ß東🙂👩", max_size=3),
+    cut=st.integers(0, 60),
+)
+def test_a_restart_within_a_character(text: str, stop: str, cut: int) -> None:
+    """Tests that a cut anywhere, between the bytes of one character too, is seen neither by judge nor by text."""
+    token_ids = list(BYTE_LEVEL.encode(text, add_special_tokens=False))
+    stops = [stop] if stop else []
+    whole = ChoiceText(BYTE_LEVEL, stops)
+    whole.push(token_ids)
+    kept = StopJudge(BYTE_LEVEL)(stops, token_ids[:cut], token_ids[cut:])
+    early = ChoiceText(BYTE_LEVEL, stops)
+    early.push(token_ids[:cut])
+    if early.stopped:
+        return  # The ledger would have closed it before the cut.
+    assert whole.stopped == (kept is not None)
+    if kept is not None:
+        assert whole.num_tokens == len(token_ids[:cut]) + kept
+    if stops and stop in text:
+        assert whole.stopped
+        assert text[: text.find(stop)] == visible_text(BYTE_LEVEL, token_ids, stops, closed=True)

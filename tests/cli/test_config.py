@@ -90,9 +90,11 @@ def test_every_setting_reaches_its_field(tmp_path: Path) -> None:
         "state_dir": '"/somewhere"',
         "seed": "7",
         "deterministic": "false",
+        "linear": '"plain"',
         "drain": "1.5",
         "orphan_timeout": "2.5",
         "log_format": '"json"',
+        "verify_weights": "true",
     }
     expected = RunOptions(
         model="folder",
@@ -120,6 +122,7 @@ def test_every_setting_reaches_its_field(tmp_path: Path) -> None:
         drain_s=1.5,
         orphan_timeout_s=2.5,
         log_format="json",
+        verify_weights=True,
     )
     assert {setting.key for setting in SETTINGS} == set(said)
     assert set(RunOptions.model_fields) == {setting.field for setting in SETTINGS} | {"fresh"}
@@ -202,6 +205,16 @@ def test_every_variable_of_the_source_is_known() -> None:
     sources = [path.read_text(encoding="utf-8") for path in Path(spotserve.__file__).parent.rglob("*.py")]
     named = {name for source in sources for name in re.findall(r'"SPOTSERVE_([A-Z_]*[A-Z])"', source)}
     assert set() == named - OTHER_VARIABLES - {key.upper() for key in BY_KEY}
+
+
+def test_linear(tmp_path: Path) -> None:
+    """Tests that the kind of linear is taken from each source, and that it is refused where there is none such."""
+    file = toml(tmp_path, 'linear = "prepacked"\n')
+    for said in (options({"linear": "prepacked"}), options(environment={"SPOTSERVE_LINEAR": "prepacked"})):
+        assert "prepacked" == said.linear == options(config_file=file).linear
+    assert "plain" == options().linear
+    assert "--linear packed is not one of plain, prepacked" in refused({"linear": "packed"})[0]
+    assert "--linear prepacked is not supported by --device cuda" in refused({"device": "cuda"}, config_file=file)[0]
 
 
 def test_config_file_by_variable(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def measurements(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[
     """Every measurement that was asked for; none is made."""
     asked: list[tuple[str, str, str | None]] = []
 
-    def paper_measurement(folder: Path, *, device: str, dtype: str | None) -> Profile:
+    def paper_measurement(folder: Path, *, device: str, dtype: str | None, linear: str) -> Profile:
         asked.append((folder.name, device, dtype))
         return PROFILE
 

@@ -305,3 +305,22 @@ def test_a_young_decode_waits_while_a_younger_is_out() -> None:
         pass
     assert () == batcher.positions()
     assert 4 == batcher.free_blocks
+
+
+@pytest.mark.parametrize("prompt", [1, 16, 40, 130])
+def test_a_sequence_without_tokens_computes_its_prompt(prompt: int) -> None:
+    """Tests that `max_tokens` 0 prefills the whole prompt in chunks, samples nothing, and ends once."""
+    batcher, rank = Batcher(LIMITS), Rank(LIMITS)
+    assert batcher.fits(prompt_tokens=64 * 16, max_tokens=0)
+    assert not batcher.fits(prompt_tokens=64 * 16 + 1, max_tokens=0)
+    batcher.admit(sequence(0, prompt=prompt, max_tokens=0))
+    batcher.admit(sequence(1, prompt=5, max_tokens=2))
+    computed, ended = 0, []
+    while (batch := batcher.schedule()) is not None:
+        rank.execute(batcher.take_freed(), batch)
+        mine = [item for item in batch.items if item.key.request == "q0"]
+        computed += sum(item.count for item in mine)
+        assert not any(item.samples for item in mine)
+        ended += batcher.commit(batch.number).at_length
+    assert (prompt, ["q0", "q1"]) == (computed, sorted(key.request for key in ended))
+    assert LIMITS.num_blocks == batcher.free_blocks

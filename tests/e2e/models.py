@@ -63,7 +63,7 @@ def shortest_period(tokens: Sequence[int]) -> int:
     return next((p for p in range(1, LEAST_PERIOD) if tail[p:] == tail[:-p]), LEAST_PERIOD)
 
 
-def write_profile(folder: Path, cache: Path) -> None:
+def write_profile(folder: Path, cache: Path, *, dtype: str | None = None) -> None:
     """Keep a made-up profile for a model where daemons look for a measured one: every run then plans alike.
 
     So slow that no load is ever served: the choice is by throughput whatever arrives. Time grows with rows and not
@@ -83,4 +83,4 @@ def write_profile(folder: Path, cache: Path) -> None:
         link_bytes_per_s=2.0e7,
         storage_bytes_per_s=2.0e8,
     )
-    write_whole(cache / cache_name(folder, device="cpu", dtype=None), canonical_json(profile))
+    write_whole(cache / cache_name(folder, device="cpu", dtype=dtype), canonical_json(profile))

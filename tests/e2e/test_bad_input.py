@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -68,6 +69,36 @@ def wrong_index(model: Path) -> None:
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def header(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Another header in front of the same data."""
+
+    def write(data: bytes) -> bytes:
+        length = int.from_bytes(data[:8], "little")
+        content = json.loads(data[8 : 8 + length])
+        change(content)
+        raw = json.dumps(content).encode()
+        return len(raw).to_bytes(8, "little") + raw + data[8 + length :]
+
+    return weights(write)
+
+
+def overlapping(content: dict[str, Any]) -> None:
+    """Two tensors of one size at the same place."""
+    content["model.layers.1.input_layernorm.weight"] = content["model.layers.0.input_layernorm.weight"]
+
+
+def missing_shard(model: Path) -> None:
+    """An index that names a file that is not there."""
+    index = {"metadata": {}, "weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def pipe(model: Path) -> None:
+    """A FIFO that nobody writes to."""
+    (model / "model.safetensors").unlink()
+    os.mkfifo(model / "model.safetensors")
+
+
 def bad_trace(text: str) -> Callable[[Path], list[str]]:
     """A trace file with this text."""
 
@@ -94,15 +125,17 @@ def flags(*words: str) -> Callable[[Path], list[str]]:
 
 
 AT_ONCE: dict[str, tuple[Callable[[Path], list[str]], str]] = {
-    "missing folder": (flags("/no/such/folder"), r"/no/such/folder"),
+    "missing folder": (flags("/no/such/folder"), r"/no/such/folder is not a folder"),
+    "no hub id": (flags("org/name/more"), r"MODEL org/name/more is not a folder"),
+    "no folder": (flags(__file__), r"test_bad_input\.py is not a folder"),
     "no config": (damaged(lambda model: (model / "config.json").unlink()), r"has no config\.json"),
     "config no JSON": (
         damaged(lambda model: (model / "config.json").write_text("{")),
         r"config\.json is not valid JSON",
     ),
     "unknown architecture": (
-        damaged(config(architectures=["GPT2LMHeadModel"])),
-        r"architecture GPT2LMHeadModel is not supported, known: LlamaForCausalLM",
+        damaged(config(architectures=["NoSuchForCausalLM"])),
+        r"architecture NoSuchForCausalLM is not supported",
     ),
     "auto_map": (damaged(config(auto_map={"AutoModel": "evil.Model"})), r"auto_map: .* code of its own"),
     "quantised": (damaged(config(quantization_config={"bits": 4})), r"has a quantization_config"),
@@ -111,6 +144,22 @@ AT_ONCE: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "truncated": (damaged(weights(lambda data: data[:-100])), r"has \d+ bytes, its header describes \d+"),
     "cut in its header": (damaged(weights(lambda data: data[:20])), r"header length \d+ exceeds 12 bytes"),
     "corrupt header": (damaged(weights(lambda data: data[:9] + b"\xff" + data[10:])), r"header is not valid JSON"),
+    "overlapping": (damaged(header(overlapping)), r"model\.safetensors: \S+ starts at byte \d+, expected \d+"),
+    "oversized header": (
+        damaged(weights(lambda data: b"\xff" * 7 + b"\x00" + data[8:])),
+        r"model\.safetensors: header length \d+ exceeds \d+ bytes",
+    ),
+    "unknown type": (
+        damaged(header(lambda content: content["model.norm.weight"].update(dtype="F4"))),
+        r"model\.safetensors: model\.norm\.weight has unknown dtype 'F4'",
+    ),
+    "missing shard": (damaged(missing_shard), r"model-00002-of-00002\.safetensors is missing"),
+    "pipe": (damaged(pipe), r"model\.safetensors is not a regular file"),
+    "layers without end": (
+        damaged(config(num_hidden_layers=10**9)),
+        r"config\.json: num_hidden_layers 1000000000 is not a whole number from 1 to",
+    ),
+    "negative width": (damaged(config(hidden_size=-4)), r"config\.json: hidden_size -4 is not a whole number"),
     "wrong index": (damaged(wrong_index), r"holds model\.no\.such\.weight, but it does not"),
     "corrupt tokenizer": (
         damaged(lambda model: (model / "tokenizer.json").write_text("{}")),
@@ -201,6 +250,17 @@ def test_refused_at_once(
     message = refused(capsys, arguments(tmp_path), tmp_path / "state", code=2)
     assert re.search(expected, message), message
     assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_wrong_checksum(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that a weight that SHA256SUMS contradicts is found at the very first start, before a process is started."""
+    monkeypatch.setattr(subprocess, "Popen", refuse_process)
+    [model] = damaged(weights(lambda data: data[:-1] + bytes([data[-1] ^ 1])))(tmp_path)
+    right = hashlib.sha256((app.BUILTIN_MODEL / "model.safetensors").read_bytes()).hexdigest()
+    (Path(model) / "SHA256SUMS").write_text(f"{right}  model.safetensors\n")
+    message = refused(capsys, [model], tmp_path / "state", code=2)
+    assert re.fullmatch(rf"{model}/model\.safetensors has sha256 \w{{64}}, but SHA256SUMS says {right}", message)
 
 
 @pytest.mark.e2e

@@ -19,6 +19,7 @@ from spotserve.errors import ModelError
 from spotserve.runtime.checkpoint import Checkpoint
 from spotserve.runtime.checkpoint_header import validate_checkpoint
 from spotserve.runtime.model_table import describe_model
+from tests.runtime.families import FAMILIES
 from tests.runtime.models import write_llama
 
 NAME = "model.layers.1.mlp.down_proj.weight"
@@ -142,6 +143,56 @@ def test_a_range_is_read_exactly(tmp_path: Path, dim: int, start: int, stop: int
         assert torch.equal(expected.to(got.dtype), got)
         assert got.is_contiguous()
         assert checkpoint.bytes_read == expected.numel() * 2
+
+
+GATE_UP, DOWN = "model.layers.1.mlp.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj"
+
+
+def fused(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A mixtral's tensors as transformers has them in memory: a layer's experts in two tensors."""
+    result = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for name in {name.split(".experts.")[0] for name in tensors if ".experts." in name}:
+        first, second, third = (
+            torch.stack([tensors[f"{name}.experts.{expert}.w{number}.weight"] for expert in range(6)])
+            for number in (1, 2, 3)
+        )
+        result[f"{name}.experts.gate_up_proj"] = torch.cat([first, third], dim=1)
+        result[f"{name}.experts.down_proj"] = second
+    return {name.replace("block_sparse_moe", "mlp"): tensor for name, tensor in result.items()}
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_experts_are_read_by_range(tmp_path: Path, is_fused: bool) -> None:
+    """Tests columns of all experts, of gate, up, both and down, from either form on disk, and the bytes that cost."""
+    folder = FAMILIES["mixtral"](tmp_path, num_hidden_layers=2, dtype=torch.bfloat16)
+    expected = fused(load_file(folder / "model.safetensors"))
+    if is_fused:
+        save_file(expected, folder / "model.safetensors")
+    model = describe_model(folder, "float32")
+    runs = [(0, 152), (16, 48), (152, 304), (200, 304), (100, 200), (0, 304)]
+    for name, dim, runs_ in ((GATE_UP, 1, runs), (DOWN, 2, runs[:2]), (DOWN, 0, [(2, 5)])):
+        for start, stop in runs_:
+            checkpoint = Checkpoint(folder, model)
+            got = checkpoint.read(Slice(parameter=name, dim=dim, start=start, stop=stop))
+            wanted = expected[name].narrow(dim, start, stop - start)
+            assert torch.equal(wanted.float(), got)
+            assert got.is_contiguous()
+            assert checkpoint.bytes_read == wanted.numel() * 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [(None, "no tensor .*experts.3.w3"), ((152, 32), r"experts.3.w3.weight has shape \(152, 32\)")],
+)
+def test_experts_that_do_not_fit_are_refused(tmp_path: Path, shape: tuple[int, ...] | None, message: str) -> None:
+    """Tests one matrix of one expert that is missing, or has another shape than config.json says."""
+    folder = FAMILIES["mixtral"](tmp_path, num_hidden_layers=2)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.block_sparse_moe.experts.3.w3.weight"
+    del tensors[name]
+    save_file(tensors if shape is None else tensors | {name: torch.zeros(shape)}, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=message):
+        describe_model(folder)
 
 
 def test_a_misaligned_tensor_is_read(tmp_path: Path) -> None:

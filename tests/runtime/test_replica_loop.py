@@ -66,7 +66,16 @@ PROMPT = tuple(torch.randint(0, 500, (25,), generator=torch.Generator().manual_s
 class Replica:
     """P x M ranks as threads of this process, and all that they said."""
 
-    def __init__(self, folder: Path, model: ModelSpec, *, pipeline: int, tensor: int, kv_blocks: int = 64) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: ModelSpec,
+        *,
+        pipeline: int,
+        tensor: int,
+        kv_blocks: int = 64,
+        token_budget: int = 64,
+    ) -> None:
         self.said: list[WorkerMessage] = []
         self.changed = threading.Condition()
         self.keeps_up = True
@@ -100,7 +109,7 @@ class Replica:
             self.positions.append(position)
         self._join(pipeline, tensor)
         runners = [held.build(position) for held, position in zip(self.held, self.positions, strict=True)]
-        limits = BatchLimits(num_blocks=kv_blocks, max_running=4, max_in_flight=pipeline, token_budget=64)
+        limits = BatchLimits(num_blocks=kv_blocks, max_running=4, max_in_flight=pipeline, token_budget=token_budget)
         self.leader = Leader(runners[0], limits, self.hear)
         self.loops = [self.leader, *(Follower(runner, self.hear) for runner in runners[1:])]
 

@@ -18,6 +18,7 @@ from spotserve.core.plan import CopyKv, CopyKvDelta, CopyWeights, LoadWeights, P
 from spotserve.core.slices import shard_bytes
 from spotserve.errors import SpecError
 from spotserve.solvers.planner import answer, make_plan, serve
+from tests import planning_worlds
 from tests.planning_worlds import (
     KIB,
     MIB,
@@ -30,6 +31,7 @@ from tests.planning_worlds import (
     tiny_spec,
     with_memory,
 )
+from tests.specs import with_experts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,6 +51,16 @@ def test_checker_finds_nothing(seed: int) -> None:
     """Tests that whatever the cluster and the trouble, the independent checker has no finding."""
     plan = make_plan(random_problem(seed))
     assert () == check_plan(plan)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_checker_finds_nothing_of_experts(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests the same for parameters of three dimensions, of which a rank owns two ranges."""
+    dense = planning_worlds.tiny_model
+    monkeypatch.setattr(planning_worlds, "tiny_model", lambda **changes: with_experts(dense(**changes)))
+    problem = random_problem(seed)
+    assert any(len(parameter.segments) == 2 for parameter in problem.spec.model.parameters)
+    assert () == check_plan(make_plan(problem))
 
 
 def test_notice_moves_requests_to_the_replica_that_stays() -> None:

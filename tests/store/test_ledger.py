@@ -152,7 +152,7 @@ def test_unknown_requests_are_named(ledger: Ledger) -> None:
     assert (RequestId("z"), A) == outcome.unknown
 
 
-def stop_at_pair(stop: tuple[str, ...], earlier: Sequence[int], new_ids: Sequence[int]) -> int | None:
+def stop_at_pair(stop: tuple[str, ...], earlier: Sequence[int], new_ids: Sequence[int], min_tokens: int) -> int | None:
     """A judge whose stop "string" is token 7 followed by token 8."""
     both = [*earlier, *new_ids]
     ends = [at + 1 for at in range(1, len(both)) if both[at - 1 : at + 1] == [7, 8]]
@@ -200,7 +200,7 @@ def test_queued_appends_share_commits(open_ledger: Callable[..., Ledger]) -> Non
     """Tests that what arrives while a commit is under way becomes one transaction."""
     entered, go_on = threading.Event(), threading.Event()
 
-    def judge(stop: tuple[str, ...], earlier: Sequence[int], new_ids: Sequence[int]) -> int | None:
+    def judge(stop: tuple[str, ...], earlier: Sequence[int], new_ids: Sequence[int], min_tokens: int) -> int | None:
         entered.set()
         assert go_on.wait(TIMEOUT_S)
         return None
@@ -274,7 +274,7 @@ def test_nothing_is_seen_before_the_commit(open_ledger: Callable[..., Ledger]) -
     """Tests that tokens judged but not committed are in no view and in no count."""
     staged, go_on = threading.Event(), threading.Event()
 
-    def judge(stop: tuple[str, ...], earlier: Sequence[int], new_ids: Sequence[int]) -> int | None:
+    def judge(stop: tuple[str, ...], earlier: Sequence[int], new_ids: Sequence[int], min_tokens: int) -> int | None:
         if new_ids[0] == 2:
             staged.set()
             assert go_on.wait(TIMEOUT_S)

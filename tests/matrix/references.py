@@ -1,0 +1,160 @@
+"""What a family's tokens must be: the model folder, prompts, `transformers`' greedy tokens, and our own (1, 1, 1) run.
+
+Made once per family under a lock and kept, as several cells need them. References that repeat or dwell could not tell
+a lost or doubled token, so they are refused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from spotserve.core.sampling import SamplingParameters
+from spotserve.runtime.profiles import write_whole
+from spotserve.runtime.sampler import Draw, sample
+from tests.e2e.models import LEAST_DISTINCT_TOKENS, LEAST_PERIOD, shortest_period
+from tests.runtime.families import FAMILIES
+from tests.runtime.models import LocalReplica, key_of
+
+VOCAB_SIZE = 16_384
+"""So that embedding and head, not the layers, make a stage's weights: their copy lasts over a capped link."""
+MAX_MODEL_LEN = 512
+NUM_TOKENS = 200
+PROMPT_LENGTHS = (15, 17, 70, 16, 1)
+"""Both sides of a KV block's edge, one longer than any sliding window, and one token."""
+NUM_PREFILL_PROMPTS = 4
+PREFILL_LENGTH = 430
+"""Two prefill chunks of a daemon."""
+PREFILL_TOKENS = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A family's model on disk, prompts, and the greedy float32 tokens of `transformers` after each."""
+
+    family: str
+    folder: Path
+    architecture: str
+    prompt_ids: list[list[int]]
+    token_ids: list[list[int]]
+    long_prompt_ids: list[list[int]]
+    long_token_ids: list[list[int]]
+
+
+def prompts(lengths: Sequence[int], seed: str) -> list[list[int]]:
+    """Random prompts; low ids are left to the special tokens."""
+    rng = random.Random(seed)
+    return [[rng.randrange(8, VOCAB_SIZE) for _ in range(length)] for length in lengths]
+
+
+def subject(family: str, folder: Path, *, seed: int) -> Subject:
+    """The family's model and references: those that are kept in `folder`, else new ones.
+
+    Args:
+        family: a name of the registry.
+        folder: keeps one subfolder per family.
+        seed: of the weights and the prompts.
+    """
+    own = folder / family
+    own.mkdir(parents=True, exist_ok=True)
+    with locked(own / "lock"):
+        kept = own / "references.json"
+        if not kept.exists():
+            shutil.rmtree(own / "model", ignore_errors=True)
+            write_whole(kept, json.dumps(_made(family, own / "model", seed)))
+        return Subject(family=family, folder=own / "model", **json.loads(kept.read_text()))
+
+
+def _made(family: str, model: Path, seed: int) -> dict[str, Any]:
+    FAMILIES[family](model, seed=seed, vocab_size=VOCAB_SIZE)
+    prompt_ids = prompts(PROMPT_LENGTHS, f"{seed}:prompts")
+    long_ids = prompts([PREFILL_LENGTH] * NUM_PREFILL_PROMPTS, f"{seed}:long")
+    module = transformers_model(model)
+    token_ids = [generated(module, ids, NUM_TOKENS) for ids in prompt_ids]
+    for ids, tokens in zip(prompt_ids, token_ids, strict=True):
+        check_lively(tokens, f"{family} after {len(ids)} tokens")
+    return {
+        "architecture": json.loads((model / "config.json").read_text())["architectures"][0],
+        "prompt_ids": prompt_ids,
+        "token_ids": token_ids,
+        "long_prompt_ids": long_ids,
+        "long_token_ids": [generated(module, ids, PREFILL_TOKENS) for ids in long_ids],
+    }
+
+
+def transformers_model(folder: Path) -> Any:
+    """The model as `transformers` runs it in float32; plain attention where the family's is not what SDPA computes."""
+    config = AutoConfig.from_pretrained(folder)
+    text = config.get_text_config()
+    is_capped = getattr(text, "attn_logit_softcapping", None) is not None
+    attention = {"attn_implementation": "eager"} if is_capped else {}
+    module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **attention)
+    module.eval()
+    # What a generation configuration leaves open is taken from the model's, and that one stops at its EOS.
+    module.generation_config.eos_token_id = None
+    return module
+
+
+def generated(module: Any, ids: Sequence[int], num_tokens: int) -> list[int]:
+    """Greedy tokens by `generate`."""
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=num_tokens, eos_token_id=None, pad_token_id=0)
+    given = torch.tensor([list(ids)])
+    with torch.no_grad():
+        out = module.generate(given, attention_mask=torch.ones_like(given), generation_config=greedy)
+    tokens: list[int] = out[0, len(ids) :].tolist()
+    assert num_tokens == len(tokens)
+    return tokens
+
+
+def check_lively(tokens: Sequence[int], what: str) -> None:
+    """Refuse tokens among which a lost, doubled or shifted one could go unseen."""
+    period, distinct = shortest_period(tokens), len(set(tokens))
+    assert period >= LEAST_PERIOD, f"{what}: the reference repeats with period {period}, least {LEAST_PERIOD}"
+    assert distinct >= LEAST_DISTINCT_TOKENS, f"{what}: {distinct} distinct tokens, least {LEAST_DISTINCT_TOKENS}"
+
+
+def own_tokens(replica: LocalReplica, ids: Sequence[int], choices: Sequence[int], **fields: Any) -> list[list[int]]:
+    """Tokens per choice of one request on an undisturbed replica, all choices in one batch."""
+    parameters = sampling(**fields)
+    keys = [key_of(choice, 100) for choice in choices]
+    rows = [replica.prefill(key, ids, chunk=64) for key in keys]
+    tokens: list[list[int]] = [[] for _ in choices]
+    for position in range(parameters.max_tokens):
+        draws = [Draw(parameters, choice, position) for choice in choices]
+        for own, token in zip(tokens, sample(torch.stack(list(rows)), draws), strict=True):
+            own.append(token)
+        if position + 1 < parameters.max_tokens:
+            rows = list(replica.decode({key: own[-1] for key, own in zip(keys, tokens, strict=True)}))
+    for key in keys:
+        free(replica, key)
+    return tokens
+
+
+def free(replica: LocalReplica, key: Any) -> None:
+    """Give a sequence's blocks back on every rank."""
+    for ranks in replica.stages:
+        for rank in ranks:
+            rank.kv.free(key)
+
+
+def sampling(*, max_tokens: int, temperature: float = 0.0, seed: int = 0, **fields: Any) -> SamplingParameters:
+    """Parameters of one request that no EOS stops."""
+    return SamplingParameters(temperature=temperature, seed=seed, max_tokens=max_tokens, ignore_eos=True, **fields)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Alone with a folder among all processes."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
