@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.clients import ClientStream, take_line
+from benchmarks.loading import WAYS, cached_share, rotated
+from benchmarks.loading import render as render_loading
 from benchmarks.measures import (
     Gap,
     TokenCheck,
@@ -232,3 +235,52 @@ def test_report_has_every_aim_and_policy() -> None:
     assert "| 64MB | noticed stall P99 ≤ 3 iterations | 20.0 of 1 stalls (P50 20.0) | **no** |" in page
     stall = "longest stall of the whole run ≥ 5× shorter than `reparallelize`"
     assert f"| 64MB | {stall} | 1.00 s against 3.00 s (3.0×) | **no** |" in page
+
+
+def test_every_way_of_loading_begins_a_round() -> None:
+    """Tests that in as many rounds as there are ways each is the first once and none is left out."""
+    orders = [rotated(number) for number in range(len(WAYS))]
+    assert sorted(WAYS) == sorted(order[0] for order in orders)
+    assert [sorted(WAYS)] * len(WAYS) == [sorted(order) for order in orders]
+
+
+def test_the_page_cache_is_seen(tmp_path: Path) -> None:
+    """Tests that a file that was just written is in the page cache."""
+    (tmp_path / "file").write_bytes(bytes(100_000))
+    assert 1.0 == cached_share(tmp_path / "file")
+
+
+def test_the_loading_report_says_medians_and_where_bytes_came_from() -> None:
+    """Tests one row for each link and way, with the median of its rounds and the rate of what was brought."""
+    fills = [
+        {
+            "round": number,
+            "link": "uncapped",
+            "way": way,
+            "cached_share": 0.5,
+            "from_peers": 2e8 if way == "peer" else 0,
+            "from_storage": 0 if way == "peer" else 2e8,
+            "joined_s": 1.0,
+            "weights_s": seconds,
+            "serving_s": seconds + 0.5,
+            "total_s": seconds + 1.5,
+        }
+        for number, seconds in enumerate((2.0, 1.0, 4.0))
+        for way in WAYS
+    ]
+    given = {
+        "command": "c",
+        "commit": "0" * 40,
+        "uncommitted_files": 0,
+        "processor": "p",
+        "cores": 2,
+        "memory_gib": 8,
+        "load_average_before": [0.1],
+        "load_average_after": [0.2],
+    }
+    text = render_loading({"circumstances": given, "fills": fills, "model": {"bytes": 2e8, "seed": 0}, "rounds": 3})
+    rows = [line for line in text.splitlines() if line.startswith("| uncapped")]
+    assert list(WAYS) == [row.split(" | ")[1] for row in rows]
+    assert "| not read | 200 MB | 0 MB | 1.00 s (1.00 to 1.00) | 2.00 s (1.00 to 4.00) |" in rows[0]
+    assert "| 50 % | 0 MB | 200 MB |" in rows[1]
+    assert all(row.endswith("| 100 (50 to 200) |") for row in rows)

@@ -8,8 +8,8 @@ import pytest
 
 from spotserve.runtime.architecture import ARCHITECTURES
 from tests.matrix import table
-from tests.matrix.cells import DTYPES, EVERYTHING, HALVES, SERVICE_DEGREES, all_cells
-from tests.matrix.results import Case, CellResult, Journal, path_of, read_result
+from tests.matrix.cells import DTYPES, EVERYTHING, HALVES, SERVICE_DEGREES, Cell, all_cells
+from tests.matrix.results import Case, Journal, new_result, path_of, read_result
 from tests.runtime.families import FAMILIES
 
 CELLS = all_cells(list(FAMILIES), seed=0)
@@ -51,7 +51,7 @@ def test_every_degree_and_disturbance_meets_several_families() -> None:
 def test_a_failed_case_is_a_failed_cell(tmp_path: Path) -> None:
     """Tests that a case that raises is recorded with its error, and the next one runs all the same."""
     cell = CELLS[0]
-    result = CellResult(cell.family, cell.dtype, cell.part, cell.degrees, "digest")
+    result = new_result(cell, "digest")
     journal = Journal(result, path_of(tmp_path, cell))
 
     def wrong(case: Case) -> None:
@@ -78,7 +78,8 @@ def test_a_failed_case_is_a_failed_cell(tmp_path: Path) -> None:
 def test_the_table_shows_what_does_not_pass(status: str) -> None:
     """Tests that a cell that did not pass is named in its family's row and among the log's failures."""
     case = Case("churn p1m2", "failed" if status == "failed" else "passed", tokens=488, error="other bits")
-    wrong = CellResult("llama", "bfloat16", "engine", None, "digest", status=status, cases=[case], error="slow")
+    wrong = new_result(Cell("llama", "bfloat16", "engine"), "digest")
+    wrong.status, wrong.cases, wrong.error = status, [case], "slow"
     content = table.summary([wrong], FAMILIES, seed=0)
     row = next(line for line in table.family_table(content).splitlines() if line.startswith("| llama |"))
     expected = {"passed": "–", "failed": "bfloat16 engine: churn p1m2", "timeout": "bfloat16 engine: timeout"}

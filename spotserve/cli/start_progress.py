@@ -29,7 +29,8 @@ TITLES: dict[StartStage, str] = {
 PATIENCE_S = 2.0
 """A stage that is over sooner leaves no line on a terminal."""
 PERIOD_S = 5.0
-"""Of the log's lines about one stage."""
+MAX_PERIOD_S = 60.0
+"""Of the log's lines about one stage: seldomer the longer it takes."""
 BAR_COLUMNS = 40
 
 log = get_logger("start")
@@ -43,6 +44,7 @@ class StartLines:
         self._stage: StartStage | None = None
         self._began_s = 0.0
         self._told_s = 0.0
+        self._period_s = PERIOD_S
         self._counts = (0, 0)
 
     @property
@@ -55,10 +57,10 @@ class StartLines:
         now_s = self._clock()
         if stage != self._stage:
             self.end()
-            self._stage, self._began_s, self._told_s = stage, now_s, now_s
+            self._stage, self._began_s, self._told_s, self._period_s = stage, now_s, now_s, PERIOD_S
         self._counts = (done, total)
-        if now_s - self._told_s >= PERIOD_S:
-            self._told_s = now_s
+        if now_s - self._told_s >= self._period_s:
+            self._told_s, self._period_s = now_s, min(MAX_PERIOD_S, 2 * self._period_s)
             self._tell()
 
     def end(self) -> None:

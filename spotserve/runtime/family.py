@@ -217,7 +217,12 @@ FAMILIES: Mapping[str, Family] = {
     "Exaone4ForCausalLM": Family(),
     "Jais2ForCausalLM": Family(),
     "VaultGemmaForCausalLM": _GEMMA2,
-    "NemotronForCausalLM": Family(embedding="embed_tokens", norm="norm"),
+    # transformers before 5.23 need not declare a plan for it.
+    "NemotronForCausalLM": Family(
+        embedding="embed_tokens",
+        norm="norm",
+        splits={module: split for module, split in _LLAMA_SPLITS.items() if module != "mlp.gate_proj"},
+    ),
     "HunYuanDenseV1ForCausalLM": Family(embedding="embed_tokens", norm="norm", splits=_LLAMA_SPLITS),
     "StableLmForCausalLM": Family(embedding="embed_tokens", norm="norm", splits=_LLAMA_SPLITS),
     "MixtralForCausalLM": Family(
@@ -239,6 +244,10 @@ FAMILIES: Mapping[str, Family] = {
             "mlp.shared_expert.up_proj": Split("col", ("shared_expert",)),
             "mlp.shared_expert.down_proj": Split("row", ("shared_expert",)),
             "mlp.shared_expert_gate": Split("replicated"),
+            # transformers before 5.23 need not declare these.
+            "mlp.experts.gate_up_proj": Split("packed_col", AXES["mlp.experts.gate_up_proj"]),
+            "mlp.experts.down_proj": Split("row", AXES["mlp.experts.down_proj"]),
+            "mlp.experts": Split("reduce_output"),
         },
         stored=_QWEN_EXPERTS,
     ),

@@ -163,7 +163,9 @@ class ChunkedRowLinear(nn.Module):
         total = sum_in_order(chunks).to(rows.dtype)
         if self._bias is not None:
             total = total + self._bias
-        return F.pad(total, (0, 0, 0, rows.shape[-2] - real)).view(*rows.shape[:-1], self._out)
+        missing = flat.shape[0] - real
+        padded = F.pad(total, (0, 0, 0, missing)) if missing else total
+        return padded.view(*rows.shape[:-1], self._out)
 
 
 class ChunkProducts:

@@ -32,6 +32,11 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 HEAD_AXES = ("q_heads", "kv_heads")
 
 
+STRANGE_VALUE_ERRORS = (LookupError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError, OSError)
+"""What transformers and torch raise on values in `config.json` that their authors did not think of."""
+MAX_REASON_CHARS = 200
+
+
 def describe_model(folder: Path, dtype: str | None = None) -> ModelSpec:
     """The ModelSpec of a transformers folder, checked against its safetensors headers.
 
@@ -53,8 +58,9 @@ def describe_model(folder: Path, dtype: str | None = None) -> ModelSpec:
     try:
         with torch.device("meta"):
             module = model_class(config)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ModelError(f"{folder / 'config.json'}: transformers builds no {architecture} of it: {error}") from error
+    except STRANGE_VALUE_ERRORS as error:
+        reason = _reason(error)
+        raise ModelError(f"{folder / 'config.json'}: transformers builds no {architecture} of it: {reason}") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters(remove_duplicate=False)}
     q_heads, kv_heads, head_dim = head_counts(config)
     sizes = {"q_heads": q_heads, "kv_heads": kv_heads} | _mlp_sizes(parts, shapes)
@@ -82,9 +88,13 @@ def load_config(folder: Path) -> Any:
     """The transformers config of `folder`, read from disk alone and without any code of its own."""
     try:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except (StrictDataclassError, ValueError, KeyError, TypeError, OSError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"{folder / 'config.json'} is not accepted by transformers: {reason}") from error
+    except (StrictDataclassError, *STRANGE_VALUE_ERRORS) as error:
+        raise ModelError(f"{folder / 'config.json'} is not accepted by transformers: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What an exception of transformers says, in one line."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:MAX_REASON_CHARS]
 
 
 def _check_features(config: Any) -> None:

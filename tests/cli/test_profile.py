@@ -9,10 +9,12 @@ import pytest
 
 import spotserve
 from spotserve.cli.main import run_verb
+from spotserve.core.batching import SequenceKey
+from spotserve.core.ids import RequestId
 from spotserve.core.spec import LatencyPoint, Profile
 from spotserve.errors import ModelError, SpotServeError
 from spotserve.runtime import profiles
-from spotserve.runtime.measure import EXCHANGE_S, latency_points, stage_overhead_ms
+from spotserve.runtime.measure import EXCHANGE_S, batch_of, latency_points, stage_overhead_ms
 from spotserve.runtime.model_table import describe_model
 from tests.runtime.models import write_llama
 
@@ -114,6 +116,15 @@ def test_derived_degrees(tmp_path: Path) -> None:
     assert 8.0 == points[1, 1]
     exchange_s = EXCHANGE_S + 0.001 + 32 * model.hidden_size * 4 * 3 / 1e9
     assert points[32, 4] == pytest.approx(16.0 / 4 + 2000 * exchange_s)
+
+
+def test_measured_rows_differ(tmp_path: Path) -> None:
+    """Tests that no two rows of a measured batch begin alike: equal rows would choose the same experts."""
+    model = describe_model(write_llama(tmp_path))
+    decode = batch_of(model, [SequenceKey(RequestId(str(index)), 0, 0) for index in range(8)], start=64, count=1)
+    assert 8 == len({sequence.token_ids for sequence in decode.sequences})
+    prefill = batch_of(model, [SequenceKey(RequestId("0"), 0, 0)], start=0, count=128)
+    assert 128 == len(set(prefill.sequences[0].token_ids))
 
 
 def test_overhead_is_the_intercept() -> None:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from spotserve.core.canonical import canonical_json
-from spotserve.core.spec import LatencyPoint, Profile
+from spotserve.core.spec import LatencyPoint, LinearKind, Profile
 from spotserve.runtime.profiles import cache_name, write_whole
 from tests.runtime.models import write_llama
 
@@ -63,7 +63,7 @@ def shortest_period(tokens: Sequence[int]) -> int:
     return next((p for p in range(1, LEAST_PERIOD) if tail[p:] == tail[:-p]), LEAST_PERIOD)
 
 
-def write_profile(folder: Path, cache: Path, *, dtype: str | None = None) -> None:
+def write_profile(folder: Path, cache: Path, *, dtype: str | None = None, linear: LinearKind = "plain") -> None:
     """Keep a made-up profile for a model where daemons look for a measured one: every run then plans alike.
 
     So slow that no load is ever served: the choice is by throughput whatever arrives. Time grows with rows and not
@@ -83,4 +83,4 @@ def write_profile(folder: Path, cache: Path, *, dtype: str | None = None) -> Non
         link_bytes_per_s=2.0e7,
         storage_bytes_per_s=2.0e8,
     )
-    write_whole(cache / cache_name(folder, device="cpu", dtype=dtype), canonical_json(profile))
+    write_whole(cache / cache_name(folder, device="cpu", dtype=dtype, linear=linear), canonical_json(profile))

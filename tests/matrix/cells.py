@@ -3,7 +3,8 @@
 The choice is a function of the seed and the families alone. Engine cells take every (P, M) up to eight ranks. A
 service costs seconds per daemon and disturbance, so a family has one daemon per dtype, at degrees in rotation: each
 degree meets several families, each family meets every disturbance, half of them in either dtype, and KV moves in both.
-The families of `EVERYTHING` are served at every degree and disturbed in every way.
+The families of `EVERYTHING` are served at every degree and disturbed in every way; the first of them with prepacked
+weights as well.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+
+from spotserve.core.spec import LinearKind
 
 MAX_WORKERS = 8
 DTYPES = ("float32", "bfloat16")
@@ -37,6 +40,8 @@ HALVES = (
 )
 """Disturbances; KV moves in each half."""
 
+EVERY_DISTURBANCE = tuple(name for half in HALVES for name in half)
+
 EVERYTHING = ("llama", "mixtral", "gpt2")
 """The plain family, one with experts, and one with learned positions, biases and names that differ on disk."""
 
@@ -49,13 +54,15 @@ class Cell:
     dtype: str
     part: str
     degrees: Degrees | None = None
+    linear: LinearKind = "plain"
     disturbances: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def name(self) -> str:
         """What it is called in options, files and the log."""
         suffix = "" if self.degrees is None else "-d{}p{}m{}".format(*self.degrees)
-        return f"{self.family}-{self.dtype}-{self.part}{suffix}"
+        kind = "" if self.linear == "plain" else f"-{self.linear}"
+        return f"{self.family}-{self.dtype}-{self.part}{suffix}{kind}"
 
     @property
     def num_workers(self) -> int:
@@ -83,13 +90,15 @@ def service_cells(families: Sequence[str], *, seed: int) -> Iterator[Cell]:
     num_dealt = 0
     for number, family in enumerate(families):
         if family in EVERYTHING:
-            every = tuple(name for half in HALVES for name in half)
             for index, degrees in enumerate(SERVICE_DEGREES):
-                yield Cell(family, DTYPES[(index + number) % 2], "service", degrees, every)
+                yield Cell(family, DTYPES[(index + number) % 2], "service", degrees, "plain", EVERY_DISTURBANCE)
+            if family == EVERYTHING[0]:
+                for dtype, degrees in zip(DTYPES, SERVICE_DEGREES, strict=False):
+                    yield Cell(family, dtype, "service", degrees, "prepacked", EVERY_DISTURBANCE)
             continue
         for index, dtype in enumerate(DTYPES):
             degrees = order[num_dealt % len(order)]
             num_dealt += 1
             # Once round, the dtypes have changed places, so that each degree meets both.
-            yield Cell(family, dtype, "service", degrees, HALVES[(index + number) % 2])
+            yield Cell(family, dtype, "service", degrees, "plain", HALVES[(index + number) % 2])
         num_dealt += num_dealt % len(order) == 0

@@ -13,8 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from spotserve.core.spec import LinearKind
 from spotserve.runtime.profiles import write_whole
-from tests.matrix.cells import Cell
+from tests.matrix.cells import Cell, Degrees
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 MODEL_CODE = ("tests/matrix/references.py", "tests/runtime/families.py")
@@ -45,7 +46,8 @@ class CellResult:
     family: str
     dtype: str
     part: str
-    degrees: tuple[int, int, int] | None
+    degrees: Degrees | None
+    linear: LinearKind
     digest: str
     architecture: str = ""
     status: str = "running"
@@ -56,7 +58,7 @@ class CellResult:
     @property
     def cell(self) -> Cell:
         """Which cell it is."""
-        return Cell(self.family, self.dtype, self.part, None if self.degrees is None else tuple(self.degrees))  # type: ignore[arg-type]
+        return Cell(self.family, self.dtype, self.part, self.degrees, self.linear)
 
     @property
     def tokens(self) -> int:
@@ -70,6 +72,11 @@ class CellResult:
     def num_passed(self) -> int:
         """Cases that passed."""
         return sum(case.status == "passed" for case in self.cases)
+
+
+def new_result(cell: Cell, digest: str) -> CellResult:
+    """The result of a cell that has not begun."""
+    return CellResult(cell.family, cell.dtype, cell.part, cell.degrees, cell.linear, digest)
 
 
 class Journal:

@@ -31,6 +31,7 @@ from tests.matrix.results import (
     Journal,
     code_digest,
     error_line,
+    new_result,
     path_of,
     read_result,
     write_result,
@@ -100,7 +101,7 @@ def record_end(cell: Cell, process: BaseProcess, out: Path, digest: str) -> Cell
     result = read_result(path_of(out, cell))
     if result is None or result.status == "running" or result.digest != digest:
         earlier = result if result is not None and result.digest == digest else None
-        result = earlier or CellResult(cell.family, cell.dtype, cell.part, cell.degrees, digest)
+        result = earlier or new_result(cell, digest)
         result.status = "crashed"
         result.error = f"its process ended with {process.exitcode}, {result.error or 'before its first case'}"
         write_result(result, path_of(out, cell))
@@ -126,7 +127,7 @@ def run_cell(cell: Cell, out: Path, seed: int, digest: str) -> None:
     work = work_folder(out, cell)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    result = CellResult(cell.family, cell.dtype, cell.part, cell.degrees, digest)
+    result = new_result(cell, digest)
     journal = Journal(result, path_of(out, cell))
     journal.write()
     try:

@@ -18,7 +18,7 @@ from typing import Any
 
 from spotserve.core.events import Quiesced
 from spotserve.core.slices import kv_block_bytes, layer_split, shard_bytes, stage_shard
-from spotserve.core.spec import KV_BLOCK_TOKENS, ModelSpec
+from spotserve.core.spec import KV_BLOCK_TOKENS, LinearKind, ModelSpec, weight_copies
 from spotserve.core.wire import ChoicePosition
 from spotserve.runtime.model_table import describe_model
 from tests.e2e.daemon import Stream
@@ -67,9 +67,9 @@ class Expected:
     long_tokens: list[list[int]]
 
 
-def expected_tokens(subject: Subject, model: ModelSpec) -> Expected:
+def expected_tokens(subject: Subject, model: ModelSpec, linear: LinearKind) -> Expected:
     """What a daemon must bring: `transformers` where it is exact, our own undisturbed engine on one rank elsewhere."""
-    replica = LocalReplica(subject.folder, model, num_blocks=NUM_BLOCKS)
+    replica = LocalReplica(subject.folder, model, num_blocks=NUM_BLOCKS, prepacked=linear == "prepacked")
     tokens: list[Tokens] = []
     for index, (ids, drawn) in enumerate(zip(subject.prompt_ids, REQUESTS, strict=True)):
         if not drawn and model.dtype == "float32":
@@ -95,14 +95,15 @@ class Walk(Scene):
         self.wanted = expected
         data, pipeline, tensor = cell.degrees
         profiles = folder / "profiles"
-        write_profile(subject.folder, profiles, dtype=cell.dtype)
+        write_profile(subject.folder, profiles, dtype=cell.dtype, linear=cell.linear)
         env = {
             "SPOTSERVE_PROFILE_CACHE": str(profiles),
             "SPOTSERVE_LINK_BYTES_PER_S": f"{link_bytes_per_s(model, pipeline=pipeline, tensor=tensor):.0f}",
             "SPOTSERVE_ITERATION_S": str(TOKEN_S / pipeline),
         }
         args = [str(subject.folder), "--dtype", cell.dtype, "--instances", str(cell.num_workers + NUM_SPARES)]
-        args += ["--gpu-memory", str(gpu_memory_bytes(model, pipeline=pipeline, tensor=tensor))]
+        memory = gpu_memory_bytes(model, cell.linear, pipeline=pipeline, tensor=tensor)
+        args += ["--linear", cell.linear, "--gpu-memory", str(memory)]
         args += ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_RUNNING)]
         args += ["-dp", str(data), "-pp", str(pipeline), "-tp", str(tensor)]
         super().__init__(folder, *args, env=env, max_tokens=MAX_TOKENS)
@@ -187,10 +188,11 @@ def compare_tokens(expected: Tokens, actual: Tokens, what: str) -> None:
         assert len(tokens) == len(brought), f"{what} choice {choice}: {len(brought)} tokens, expected {len(tokens)}"
 
 
-def gpu_memory_bytes(model: ModelSpec, *, pipeline: int, tensor: int) -> int:
-    """Memory for the largest shard and `NUM_BLOCKS` blocks of KV, and headroom."""
+def gpu_memory_bytes(model: ModelSpec, linear: LinearKind, *, pipeline: int, tensor: int) -> int:
+    """Memory for the largest shard (twice, if its weights are prepacked), `NUM_BLOCKS` blocks of KV, and headroom."""
     needed = max(
-        shard_bytes(model, shard) + NUM_BLOCKS * kv_block_bytes(model, shard, block_tokens=KV_BLOCK_TOKENS)
+        weight_copies(linear) * shard_bytes(model, shard)
+        + NUM_BLOCKS * kv_block_bytes(model, shard, block_tokens=KV_BLOCK_TOKENS)
         for shard in _shards(model, pipeline=pipeline, tensor=tensor)
     )
     return int(needed / (1.0 - HEADROOM_SHARE))
@@ -431,7 +433,7 @@ def run_service(cell: Cell, subject: Subject, journal: Journal, *, folder: Path)
         for name in cell.disturbances:
             journal.leave_out(name, reason)
         return
-    expected = expected_tokens(subject, model)
+    expected = expected_tokens(subject, model, cell.linear)
     names = ["undisturbed", *cell.disturbances]
     for attempt in itertools.count():
         walk = Walk(folder / f"daemon{attempt}", cell, subject, model, expected)

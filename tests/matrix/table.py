@@ -82,6 +82,7 @@ def _cell(one: CellResult) -> dict[str, Any]:
         "dtype": one.dtype,
         "part": one.part,
         "degrees": one.degrees,
+        "linear": one.linear,
         "status": one.status,
         "tokens": one.tokens,
         "seconds": round(one.seconds, 1),
@@ -176,9 +177,7 @@ def _degrees(cells: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _place(cell: Mapping[str, Any]) -> str:
-    degrees = "" if cell["degrees"] is None else " ({}, {}, {})".format(*cell["degrees"])
-    cases = ", ".join(cell["failed"]) or cell["status"]
-    return f"{cell['dtype']} {cell['part']}{degrees}: {cases}"
+    return f"{_where(cell)}: {', '.join(cell['failed']) or cell['status']}"
 
 
 def _number(value: int) -> str:
@@ -215,8 +214,13 @@ def log_text(content: Summary) -> str:
 
 
 def _name(cell: Mapping[str, Any]) -> str:
+    return f"{cell['family']} {_where(cell)}"
+
+
+def _where(cell: Mapping[str, Any]) -> str:
     degrees = "" if cell["degrees"] is None else " ({}, {}, {})".format(*cell["degrees"])
-    return f"{cell['family']} {cell['dtype']} {cell['part']}{degrees}"
+    kind = "" if cell["linear"] == "plain" else f" {cell['linear']}"
+    return f"{cell['dtype']} {cell['part']}{degrees}{kind}"
 
 
 def _failures(content: Summary) -> list[str]:

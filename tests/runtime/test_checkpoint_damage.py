@@ -20,7 +20,7 @@ from spotserve.runtime.checkpoint_header import (
     validate_checkpoint,
 )
 
-NUM_MUTATIONS = 4000
+NUM_MUTATIONS = 2000
 CONFIG = {"num_hidden_layers": 2, "hidden_size": 4, "vocab_size": 10, "num_key_value_heads": None}
 
 

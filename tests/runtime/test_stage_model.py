@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from spotserve.core.slices import shard_slices, stage_shard
-from spotserve.errors import InvariantError
+from spotserve.errors import InvariantError, ModelError
 from spotserve.runtime import linear, stage_model
-from spotserve.runtime.attention import PagedBatch
+from spotserve.runtime.attention import FREE_TILES, PagedBatch
 from spotserve.runtime.checkpoint import Checkpoint
 from spotserve.runtime.kv_store import OutOfBlocks
 from spotserve.runtime.model_table import describe_model
@@ -23,7 +23,7 @@ from spotserve.runtime.stage_model import BatchSequence, StageBatch, StageModel
 from spotserve.runtime.weights import WeightStore
 from tests.runtime.models import LocalReplica, empty_kv, key_of, write_llama
 
-VARIANTS = [("float32", False), ("bfloat16", False), ("float32", True)]
+VARIANTS = [("float32", False), ("bfloat16", False), ("float32", True), ("bfloat16", True)]
 """(dtype, prepacked linears)"""
 DEGREES = [(pipeline, tensor) for pipeline in (1, 2, 3) for tensor in (1, 2, 3, 4)] + [(1, 8), (4, 5)]
 AWKWARD: dict[str, Any] = {"head_dim": 8, "intermediate_size": 179, "vocab_size": 301, "num_hidden_layers": 3}
@@ -173,6 +173,21 @@ def test_bits_do_not_depend_on_the_batch(llama: Path, dtype: str, prepacked: boo
     assert alone.stages[0][0].kv.directory() == mixed.stages[0][0].kv.directory()
 
 
+def test_fast_mode_computes_a_mixed_batch(llama: Path) -> None:
+    """Tests fast mode's logits, where unequal lengths share a call and a chunk is cut anywhere, to float32's noise."""
+    lengths = [1, 16, 33, 50, 64, 70]
+    fast, exact = LocalReplica(llama, deterministic=False), LocalReplica(llama)
+    sequences = [BatchSequence(key_of(index), length, 1, True, (index,)) for index, length in enumerate(lengths)]
+    sequences.append(BatchSequence(key_of(20), 0, 100, True, tuple(prompt(100, seed=20))))
+    for replica in (fast, exact):
+        for index, length in enumerate(lengths):
+            replica.prefill(key_of(index), prompt(length, seed=index), chunk=64)
+    expected, actual = (replica.forward(StageBatch(tuple(sequences))) for replica in (exact, fast))
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+    groups = fast.stages[0][0]._paged.current.groups
+    assert any(len({tile.num_blocks for tile in group.tiles}) > 1 for group in groups)
+
+
 def test_bits_do_not_depend_on_the_rank_s_heads_being_even(tmp_path: Path) -> None:
     """Tests 6 q heads on 2 kv heads over 4 and 5 ranks, where a rank's q heads share kv heads unevenly, with biases."""
     folder = write_llama(
@@ -287,6 +302,7 @@ def one_sum(self: StageModel, parameter: Any, weight: Tensor, bias: Tensor | Non
         ("MIN_COLUMNS", 1, split_bits_differ),
         ("StageModel._linear", one_sum, split_bits_differ),
         ("paged_attention", naive_attention, lambda folder: recomputed_bits_differ(folder, "bfloat16")),
+        ("ALIGNED_TILES", FREE_TILES, lambda folder: recomputed_bits_differ(folder, "float32")),
         ("WideActivation", lambda activation: activation, chunked_bits_differ),
     ],
 )
@@ -336,3 +352,16 @@ def test_weights_that_are_not_complete_are_refused(llama: Path) -> None:
         weights.write_range(piece.parameter, piece.dim, piece.start, piece.stop, content)
     with pytest.raises(InvariantError, match="not fully held"):
         StageModel(llama, model, shard, weights, empty_kv(model, shard, num_blocks=1))
+
+
+def test_prepacked_linears_are_refused_where_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests the refusals of another device, of a torch without oneDNN, and of a type that the processor lacks."""
+    linear.check_linear("plain", torch.bfloat16, "meta")
+    linear.check_linear("prepacked", torch.float32, "cpu")
+    with pytest.raises(ModelError, match="prepacked weights are not supported on meta"):
+        linear.check_linear("prepacked", torch.float32, "meta")
+    with pytest.raises(ModelError, match=r"prepacked torch.int64 weights are not supported by this processor"):
+        linear.check_linear("prepacked", torch.int64, "cpu")
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    with pytest.raises(ModelError, match="prepacked weights need a torch with oneDNN"):
+        linear.check_linear("prepacked", torch.float32, "cpu")

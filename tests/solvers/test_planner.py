@@ -15,7 +15,7 @@ from spotserve.core.canonical import canonical_json
 from spotserve.core.check import check_plan
 from spotserve.core.cost import replica_shards
 from spotserve.core.plan import CopyKv, CopyKvDelta, CopyWeights, LoadWeights, Plan, Quiesce, Release, Reserve, Trigger
-from spotserve.core.slices import shard_bytes
+from spotserve.core.slices import kv_block_bytes, shard_bytes
 from spotserve.errors import SpecError
 from spotserve.solvers.planner import answer, make_plan, serve
 from tests import planning_worlds
@@ -61,6 +61,34 @@ def test_checker_finds_nothing_of_experts(seed: int, monkeypatch: pytest.MonkeyP
     problem = random_problem(seed)
     assert any(len(parameter.segments) == 2 for parameter in problem.spec.model.parameters)
     assert () == check_plan(make_plan(problem))
+
+
+def test_prepacked_weights_take_memory_twice() -> None:
+    """Tests that new replicas keep room for the copies, in any cluster and trouble, and that some would not else."""
+    num_short = 0
+    for seed in range(40):
+        plain = random_problem(seed)
+        prepacked = plain.model_copy(update={"spec": plain.spec.model_copy(update={"linear": "prepacked"})})
+        assert not short_of_copies(make_plan(prepacked))
+        num_short += short_of_copies(make_plan(plain))
+    assert num_short > 0
+
+
+def short_of_copies(plan: Plan) -> bool:
+    """Whether some new position's pool and its weights twice exceed its GPU."""
+    world, model = plan.snapshot.world, plan.spec.model
+    memory = {gpu.id: gpu.memory_bytes for instance in world.instances for gpu in instance.gpus}
+    before = {replica.id for replica in world.replicas}
+    return any(
+        2 * shard_bytes(model, shard)
+        + replica.kv_blocks * kv_block_bytes(model, shard, block_tokens=plan.spec.limits.kv_block_tokens)
+        > memory[gpu]
+        for replica in plan.target.replicas
+        if replica.id not in before
+        for gpu, shard in zip(
+            replica.gpus, replica_shards(model, pipeline=replica.pipeline, tensor=replica.tensor), strict=True
+        )
+    )
 
 
 def test_notice_moves_requests_to_the_replica_that_stays() -> None:
