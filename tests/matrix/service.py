@@ -189,10 +189,13 @@ def compare_tokens(expected: Tokens, actual: Tokens, what: str) -> None:
 
 
 def gpu_memory_bytes(model: ModelSpec, linear: LinearKind, *, pipeline: int, tensor: int) -> int:
-    """Memory for the largest shard (twice, if its weights are prepacked), `NUM_BLOCKS` blocks of KV, and headroom."""
+    """Memory for the largest shard, `NUM_BLOCKS` blocks of KV, and headroom.
+
+    Prepacked copies are there twice during a live move: the old generation's and the new one's.
+    """
+    num_copies = 2 * weight_copies(linear) - 1
     needed = max(
-        weight_copies(linear) * shard_bytes(model, shard)
-        + NUM_BLOCKS * kv_block_bytes(model, shard, block_tokens=KV_BLOCK_TOKENS)
+        num_copies * shard_bytes(model, shard) + NUM_BLOCKS * kv_block_bytes(model, shard, block_tokens=KV_BLOCK_TOKENS)
         for shard in _shards(model, pipeline=pipeline, tensor=tensor)
     )
     return int(needed / (1.0 - HEADROOM_SHARE))
