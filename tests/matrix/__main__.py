@@ -130,7 +130,9 @@ def choice(cells: Sequence[Cell]) -> list[str]:
         if cell.degrees is not None:
             services.setdefault(cell.family, []).append(f"{cell.dtype} {cell.degrees}")
     lines = [f"engine: every (P, M) of up to {MAX_WORKERS} ranks that a model allows"]
-    lines += [f"served in full, by name: {', '.join(EVERYTHING)}; the others by rotation, which the seed shuffles"]
+    lines += [
+        f"served at every degree, by name: {', '.join(EVERYTHING)}; the others by rotation, which the seed shuffles"
+    ]
     return lines + [f"  {family}: {', '.join(degrees)}" for family, degrees in services.items()]
 
 

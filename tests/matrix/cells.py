@@ -3,8 +3,8 @@
 The choice is a function of the seed and the families alone. Engine cells take every (P, M) up to eight ranks. A
 service costs seconds per daemon and disturbance, so a family has one daemon per dtype, at degrees in rotation: each
 degree meets several families, each family meets every disturbance, half of them in either dtype, and KV moves in both.
-The families of `EVERYTHING` are served at every degree and disturbed in every way; the first of them with prepacked
-weights as well.
+The families of `EVERYTHING` are served at every degree; the first of them is disturbed in every way at each, and is
+served with prepacked weights as well.
 """
 
 from __future__ import annotations
@@ -90,11 +90,16 @@ def service_cells(families: Sequence[str], *, seed: int) -> Iterator[Cell]:
     num_dealt = 0
     for number, family in enumerate(families):
         if family in EVERYTHING:
+            is_first = family == EVERYTHING[0]
             for index, degrees in enumerate(SERVICE_DEGREES):
-                yield Cell(family, DTYPES[(index + number) % 2], "service", degrees, "plain", EVERY_DISTURBANCE)
-            if family == EVERYTHING[0]:
+                # Halves change places at half the pace of the dtypes, so that each dtype meets both.
+                played = EVERY_DISTURBANCE if is_first else HALVES[index // 2 % 2]
+                yield Cell(family, DTYPES[(index + number) % 2], "service", degrees, "plain", played)
+            if is_first:
+                # Where copies of the weights have room, KV pools are so large that nobody is evicted.
+                others = tuple(name for name in EVERY_DISTURBANCE if name != "eviction")
                 for dtype, degrees in zip(DTYPES, SERVICE_DEGREES, strict=False):
-                    yield Cell(family, dtype, "service", degrees, "prepacked", EVERY_DISTURBANCE)
+                    yield Cell(family, dtype, "service", degrees, "prepacked", others)
             continue
         for index, dtype in enumerate(DTYPES):
             degrees = order[num_dealt % len(order)]

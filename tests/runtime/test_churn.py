@@ -157,6 +157,11 @@ def test_bits_do_not_depend_on_churn(deep: Path, degrees: tuple[int, int], dtype
     undisturbed_after_churn(deep, degrees=degrees, dtype=dtype, prepacked=prepacked, number=16, seed=1)
 
 
+def test_chunks_of_few_inputs(deep: Path) -> None:
+    """Tests the scene in which the product of a chunk of 8 inputs, a head of 8, had other bits among 40 rows."""
+    undisturbed_after_churn(deep, degrees=(1, 1), dtype="bfloat16", prepacked=False, number=64, seed=4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "prepacked"), VARIANTS)
 @pytest.mark.parametrize("degrees", DEGREES)
