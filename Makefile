@@ -4,7 +4,7 @@
 #   TORCH_INDEX  package index for torch, such as PyTorch's CPU index; empty: the default index
 #   PORT         port of `make run`; empty: the configured one
 #   ARGS         further arguments of `make run`
-#   JOBS         test processes of `make quick`
+#   JOBS         test processes of `make quick` and `make test`
 #   PYTEST_ARGS  further arguments of every pytest run
 #   MATRIX_ARGS  further arguments of `make test-all`: --only family=llama, --jobs 4, --retry, --fresh
 
@@ -59,7 +59,7 @@ walk: $(STAMP)
 	$(PYTEST) -q tests/test_imports.py tests/test_tidy.py
 
 test: $(STAMP)
-	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -q -m "not slow" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 # One after the other whatever -j says: a failing linter is told before ten minutes of tests.
 check: $(STAMP)

@@ -165,7 +165,7 @@ FAMILIES: dict[str, Callable[..., Path]] = {
     "olmo2": _writer("Olmo2ForCausalLM", head_dim=8, num_key_value_heads=2),
     "olmo3": _writer("Olmo3ForCausalLM", head_dim=8, sliding_window=WINDOW),
     "starcoder2": _writer("Starcoder2ForCausalLM", initializer_range=0.4, head_dim=8, sliding_window=WINDOW),
-    "phi": _writer("PhiForCausalLM", embedding_scale=8.0, head_dim=8, qk_layernorm=True),
+    "phi": _writer("PhiForCausalLM", embedding_scale=40.0, num_hidden_layers=3, head_dim=8, qk_layernorm=True),
     "glm": _writer("GlmForCausalLM"),
     "glm4": _writer("Glm4ForCausalLM"),
     "helium": _writer("HeliumForCausalLM", head_dim=8),
