@@ -10,8 +10,9 @@ import socket
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -67,6 +68,8 @@ from spotserve.store.state_dir import StateDir
 BUILTIN_MODEL = Path(__file__).parent / "builtin"
 BUILTIN_NAME = "spotserve-builtin"
 BUILTIN_GPU_MEMORY_BYTES = 6 * 1024 * 1024
+DESCRIPTION_VERSION = 1
+"""Counts changes to what is refused or described: an older description is made anew."""
 MANIFEST_NAME = "model-manifest.json"
 """In the state dir: what was served from it last."""
 REJOIN_S = 8.0
@@ -245,7 +248,15 @@ class Daemon:
         switchboard = Switchboard(
             secret=state_dir.secret(),
             term=state_dir.term,
-            greet=_greeter(options, spec, inputs.folder, manifest, state_dir.term, controller),
+            greet=_greeter(
+                options,
+                spec,
+                inputs.folder,
+                manifest,
+                term=state_dir.term,
+                journal=opened.journal.identity.incarnation,
+                controller=controller,
+            ),
         )
         await switchboard.start("127.0.0.1", state_dir.worker_port())
         undo.push_async_callback(switchboard.stop)
@@ -466,7 +477,8 @@ class Daemon:
     async def view(self, request: RequestId) -> RequestView | None:
         """The durable content of a request."""
         known = self._controller.state.requests.get(request)
-        return self._ledger.view(request, None if known is None else known.state)
+        # Of a request that ended all is read from the disk.
+        return await asyncio.to_thread(self._ledger.view, request, None if known is None else known.state)
 
     # Administration
 
@@ -632,9 +644,10 @@ def _limits(options: RunOptions, model: ModelSpec) -> Limits:
 
 
 def _described(inputs: Inputs, dtype: str | None, cache: Path) -> ModelSpec:
-    """The parameter table from a process that may import transformers; kept by the checkpoint's digest."""
+    """The parameter table from a process that may import transformers; kept by the checkpoint's digest and versions."""
     key = inputs.layout.digest.removeprefix("sha256:")[:32]
-    kept = cache / f"model-{key}-{dtype or 'stored'}.json"
+    versions = f"v{DESCRIPTION_VERSION}-{version('transformers')}"
+    kept = cache / f"model-{key}-{dtype or 'stored'}-{versions}.json"
     try:
         described = ModelSpec.model_validate_json(kept.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -675,9 +688,20 @@ def _worker_args(
 
 
 def _greeter(
-    options: RunOptions, spec: ServingSpec, folder: Path, manifest: ModelManifest, term: int, controller: Controller
-) -> Any:
-    """Welcomes workers of instances that the controller asked for, refuses all others."""
+    options: RunOptions,
+    spec: ServingSpec,
+    folder: Path,
+    manifest: ModelManifest,
+    *,
+    term: int,
+    journal: str,
+    controller: Controller,
+) -> Callable[[wire.Register], wire.Welcome | wire.Refused]:
+    """Welcomes workers of instances that the controller asked for, refuses all others.
+
+    A worker that another journal's coordinator welcomed is one of the others, whatever its name: it outlived its
+    daemon, and what it holds is not what this journal says.
+    """
     cap = _link_cap()
     least_iteration_s = _least_iteration_s()
     # Without its identity a worker takes no file on trust.
@@ -687,11 +711,14 @@ def _greeter(
         known = controller.state.instances.get(register.instance)
         if known is None or known.state == "gone":
             return wire.Refused(term=term, reason=f"instance {register.instance} is not wanted")
+        if register.journal not in (None, journal):
+            return wire.Refused(term=term, reason=f"worker {register.worker} belongs to another journal")
         return wire.Welcome(
             term=term,
             spec=spec,
             model_path=str(folder.resolve()),
             model_files=tuple(files),
+            journal=journal,
             link_bytes_per_s=cap,
             least_iteration_s=least_iteration_s,
             orphan_timeout_s=options.orphan_timeout_s,

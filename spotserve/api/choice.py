@@ -1,16 +1,18 @@
 """What a client sees of one choice: text and logprobs, as a fold over its tokens.
 
 Streams, whole answers, `GET /v1/requests/{id}` and its continuations run this one fold, so they agree whatever happened
-in between. An echoed prompt comes first and is a text of its own: what follows it is what would come without it.
+in between. An echoed prompt comes first; what follows is what would come without it, behind the space that some
+decoders strip at the beginning of a text. Stop strings are sought without that space, as the ledger's judge does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
-from spotserve.api.text import ChoiceText, Detokenizer
+from spotserve.api.text import ChoiceText, Detokenizer, Joint
 from spotserve.api.tokenizer import TextCodec
 from spotserve.core.ports import NewRequest, RequestView
 from spotserve.core.sampling import TokenLogprobs
@@ -38,7 +40,8 @@ class ChoiceFold:
         self._echoed = request.prompt_ids if request.keep_text.get("echo") else None
         self._codec = codec
         self._text = None if codec is None else ChoiceText(codec, request.stop, request.sampling.min_tokens)
-        self._offsets = Offsets(codec)
+        self._joint = None if codec is None or self._echoed is None else Joint(codec, self._echoed)
+        self._offsets = Offsets(codec, self._echoed or ()) if self.tells_logprobs else None
 
     def begin(self, prompt_logprobs: Sequence[TokenLogprobs] = ()) -> Piece:
         """What comes with the first token, before it: the prompt, where it is echoed."""
@@ -46,15 +49,22 @@ class ChoiceFold:
             return Piece()
         # Logprobs are of every token but the first; a request that failed before has none.
         is_told = self.tells_logprobs and len(prompt_logprobs) == len(self._echoed) - 1
-        told = (None, *prompt_logprobs) if is_told else ()
-        offsets = [self._offsets.next(token_id) for token_id in self._echoed]
-        entries = map(self._entry, self._echoed, told, offsets) if is_told else ()
-        return Piece(self._offsets.finish(), tuple(entries))
+        pieces = _pieces(self._codec, self._echoed)
+        text = "".join(pieces)
+        if self._offsets is not None:
+            self._offsets.skip(len(text))
+        if not is_told:
+            return Piece(text)
+        offsets = accumulate(map(len, pieces), initial=0)
+        return Piece(text, tuple(map(self._entry, self._echoed, (None, *prompt_logprobs), offsets)))
 
     def push(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> Piece:
         """The next tokens."""
         text = "" if self._text is None else self._text.push(token_ids)
-        if not self.tells_logprobs:
+        if self._joint is not None:
+            # It comes with the first token that shows, so nothing of the text has been told before.
+            text = "".join(map(self._joint.push, token_ids)) + text
+        if self._offsets is None:
             return Piece(text)
         offsets = [self._offsets.next(token_id) for token_id in token_ids]
         return Piece(text, tuple(map(self._entry, token_ids, logprobs, offsets)))
@@ -95,29 +105,32 @@ class ChoiceFold:
 class Offsets:
     """Where each token begins in the text that is told, before anything of it is cut off or held back."""
 
-    def __init__(self, codec: TextCodec | None) -> None:
-        self._codec = codec
+    __slots__ = ("_detokenizer", "_joint", "_length")
+
+    def __init__(self, codec: TextCodec | None, before: Sequence[int] = ()) -> None:
+        """`before` are the tokens of an echoed prompt, whose text is skipped."""
         self._detokenizer = None if codec is None else Detokenizer(codec)
-        self._text = ""
+        self._joint = None if codec is None else Joint(codec, before)
         self._length = 0
+
+    def skip(self, length: int) -> None:
+        """So much text comes before the next token."""
+        self._length += length
 
     def next(self, token_id: int) -> int:
         """The offset of the next token; one that ends a character has that of the token that began it."""
         at = self._length
-        if self._detokenizer is not None:
-            self._add(self._detokenizer.push(token_id))
+        if self._detokenizer is not None and self._joint is not None:
+            self._length += len(self._joint.push(token_id)) + len(self._detokenizer.push(token_id))
         return at
 
-    def finish(self) -> str:
-        """The whole text so far; what comes next is a text of its own."""
-        if self._codec is not None and self._detokenizer is not None:
-            self._add(self._detokenizer.finish())
-            self._detokenizer = Detokenizer(self._codec)
-        return self._text
 
-    def _add(self, piece: str) -> None:
-        self._text += piece
-        self._length += len(piece)
+def _pieces(codec: TextCodec | None, token_ids: Sequence[int]) -> list[str]:
+    """The text that each token settles, and what is left at the end."""
+    if codec is None:
+        return [""] * (len(token_ids) + 1)
+    detokenizer = Detokenizer(codec)
+    return [*map(detokenizer.push, token_ids), detokenizer.finish()]
 
 
 def token_name(codec: TextCodec | None, token_id: int) -> str:

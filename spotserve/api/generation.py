@@ -27,6 +27,7 @@ from spotserve.api.validation import (
     ModelInfo,
     Prompt,
     Wishes,
+    check_scored_tokens,
     prompt_too_long,
     read_json_object,
     read_messages,
@@ -124,6 +125,7 @@ class GenerationEndpoints:
         self, first_id: RequestId, kind: Kind, wishes: Wishes, prompts: Sequence[tuple[int, ...]]
     ) -> list[NewRequest]:
         default = DEFAULT_COMPLETION_TOKENS if kind == "completion" else None
+        check_scored_tokens(wishes, [len(prompt) for prompt in prompts])
         return [
             NewRequest(
                 request=first_id if index == 0 else RequestId(secrets.token_hex(16)),

@@ -82,6 +82,31 @@ class Detokenizer:
         return ""
 
 
+class Joint:
+    """What a decoder strips at the beginning of a text, and shows where that text follows another: a space, mostly."""
+
+    __slots__ = ("_before", "_decoder", "_is_past")
+
+    def __init__(self, decoder: TokenDecoder, before: Sequence[int]) -> None:
+        self._decoder = decoder
+        self._before = before
+        self._is_past = not before
+
+    def push(self, token_id: int) -> str:
+        """What is to be put before the text of this token: nothing but for the first one that shows."""
+        if self._is_past or self._decoder.hidden(token_id):
+            return ""
+        self._is_past = True
+        last = next((other for other in reversed(self._before) if not self._decoder.hidden(other)), None)
+        if last is None:
+            return ""
+        head, alone = self._decoder.decode([last]), self._decoder.decode([token_id])
+        both = self._decoder.decode([last, token_id])
+        # Otherwise both are bytes of one character, and each text has its own half of it.
+        is_behind = both.startswith(head) and both.endswith(alone) and len(both) > len(head) + len(alone)
+        return both[len(head) : len(both) - len(alone)] if is_behind else ""
+
+
 class ChoiceText:
     """The visible text of one choice: detokenised, cut at the earliest stop string, possible beginnings held back."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -32,6 +33,8 @@ DEFAULT_COMPLETION_TOKENS = 16
 MAX_COMPLETION_LOGPROBS = 5
 MAX_SCORED_PROMPT_TOKENS = 4096
 """Prompt tokens whose logprobs may be asked for: they are kept until the first token, and travel with it."""
+MAX_SCORED_TOKENS = 32_768
+"""The same over all prompts and choices of a request; each token's logprobs take about 1 KB of memory."""
 
 Prompt = str | tuple[int, ...]
 
@@ -511,6 +514,21 @@ def resolve_max_tokens(wishes: Wishes, num_prompt_tokens: int, model: ModelInfo,
     if wishes.min_tokens > max_tokens:
         raise RequestError(f"min_tokens {wishes.min_tokens} exceeds max_tokens {max_tokens}", parameter="min_tokens")
     return max_tokens
+
+
+def check_scored_tokens(wishes: Wishes, num_prompt_tokens: Sequence[int]) -> None:
+    """Refuse more scored prompts at once than memory is meant for; `num_prompt_tokens` are those of every prompt.
+
+    Raises:
+        RequestError: `echo` with `logprobs` would score too many tokens.
+    """
+    scored = sum(num_prompt_tokens) * wishes.num_choices
+    if wishes.echo and wishes.logprobs is not None and scored > MAX_SCORED_TOKENS:
+        raise RequestError(
+            f"echo with logprobs of {scored} prompt tokens, over all prompts and choices, exceeds {MAX_SCORED_TOKENS}",
+            parameter="echo",
+            hint="send fewer prompts at once, or n 1",
+        )
 
 
 def prompt_too_long(num_prompt_tokens: int, max_tokens: int, model: ModelInfo) -> HttpError:

@@ -43,7 +43,12 @@ def profile(
     choice(get_args(Device))(device, Origin("--device"))
     if dtype is not None:
         choice(get_args(DType))(dtype, Origin("--dtype"))
-    folder = resolve_model(model, default_progress()).folder
+    progress = default_progress()
+    try:
+        folder = resolve_model(model, progress).folder
+    finally:
+        # Of a start that was refused or interrupted too: a bar hides the cursor.
+        progress.end()
     measured = profile_of(folder, device=device, dtype=dtype, cache=cache_of(state_dir), again=again)
     if out is not None:
         try:

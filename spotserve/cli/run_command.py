@@ -142,4 +142,9 @@ def run(
     from spotserve.app import serve
 
     progress = default_progress()
-    raise typer.Exit(serve(options, progress, log_stream=progress.stream))
+    try:
+        code = serve(options, progress, log_stream=progress.stream)
+    finally:
+        # Of a start that was refused or interrupted too: a bar hides the cursor.
+        progress.end()
+    raise typer.Exit(code)

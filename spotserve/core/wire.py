@@ -63,6 +63,8 @@ class Register(Frozen):
     mesh_address: str
     transfer_address: str
     roles: tuple[RoleReport, ...] = ()
+    journal: str | None = None
+    """Incarnation of the journal whose coordinator welcomed it first; None before that."""
 
 
 class Heartbeat(Frozen):
@@ -164,6 +166,8 @@ class Welcome(Frozen):
     spec: ServingSpec
     model_path: str
     model_files: tuple[ModelFile, ...] = ()
+    journal: str
+    """Incarnation of the coordinator's journal: names, generations and weights mean something within one only."""
     link_bytes_per_s: float | None = None
     """Cap on this worker's transfer traffic, each direction (benchmarks); None is uncapped."""
     least_iteration_s: float = 0.0
@@ -172,7 +176,7 @@ class Welcome(Frozen):
 
 
 class Refused(Frozen):
-    """The worker may not join: wrong secret, version, double id. It exits."""
+    """The worker may not join: wrong secret, version, journal, double id. It exits."""
 
     kind: Literal["refused"] = "refused"
     term: int

@@ -27,6 +27,7 @@ import torch
 from spotserve import __version__
 from spotserve.core.batching import DEFAULT_TOKEN_BUDGET, BatchLimits, SequenceKey
 from spotserve.core.ids import ReplicaId
+from spotserve.core.spec import ServingSpec
 from spotserve.core.wire import (
     AbortCommand,
     ActivateCommand,
@@ -137,6 +138,7 @@ class Agent:
         self._source = TransferSource(weights=self._weights, kv=self._kv_of)
         self._transfers.register(self._source.answer)
         self._holdings: Holdings | None = None
+        self._journal: str | None = None
         self._followers: dict[tuple[int, str], KvFollower] = {}
         self._followers_lock = threading.Lock()
         self._grants: dict[int, set[str]] = {}
@@ -186,6 +188,7 @@ class Agent:
             mesh_address=self._meshes.address,
             transfer_address=self._transfers.address,
             roles=tuple(position.role() for position in self._positions()),
+            journal=self._journal,
         )
 
     def _welcomed(self, welcome: Welcome) -> None:
@@ -202,9 +205,19 @@ class Agent:
                 memory_bytes=self._settings.gpu_memory_bytes,
                 device=self._settings.device,
             )
-        elif self._holdings.spec.model != welcome.spec.model:
-            self._end("the coordinator serves another model now", 1)
+            self._journal = welcome.journal
+        elif self._journal != welcome.journal:
+            self._end("the coordinator began another journal", 1)
             return
+        elif not _is_same_service(self._holdings.spec, welcome.spec):
+            self._end("the coordinator serves another model now, or otherwise", 1)
+            return
+        else:
+            try:
+                self._holdings.relocate(Path(welcome.model_path), welcome.model_files)
+            except ModelError as error:
+                self._end(error.message, 1)
+                return
         self._upload.set(welcome.link_bytes_per_s)
         self._download.set(welcome.link_bytes_per_s)
         self._least_iteration_s = welcome.least_iteration_s
@@ -606,6 +619,11 @@ def agent_main(settings: WorkerSettings) -> int:
     agent = Agent(settings)
     signal.signal(signal.SIGTERM, lambda number, frame: agent.take_notice())
     return agent.run()
+
+
+def _is_same_service(old: ServingSpec, new: ServingSpec) -> bool:
+    """Whether what was built for one spec computes exactly what the other one says."""
+    return (old.model, old.deterministic, old.linear) == (new.model, new.deterministic, new.linear)
 
 
 def _kind(command: Command) -> str:

@@ -16,7 +16,7 @@ def read_architecture(folder: Path) -> str:
     """The architecture that `config.json` names.
 
     Raises:
-        ModelError: It is not one of ours, is quantised, or wants to run code of its own.
+        ModelError: It is not one of ours, or is quantised.
     """
     path = folder / "config.json"
     try:
@@ -25,11 +25,6 @@ def read_architecture(folder: Path) -> str:
         raise ModelError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} is {type(content).__name__}, not an object")
-    if "auto_map" in content:
-        raise ModelError(
-            f"{path} has auto_map: the model wants to run code of its own, which is never done",
-            hint="give a checkpoint of a supported architecture without auto_map",
-        )
     if content.get("quantization_config") is not None:
         raise ModelError(f"{path} has a quantization_config", hint="give a float32, bfloat16 or float16 checkpoint")
     names = content.get("architectures")

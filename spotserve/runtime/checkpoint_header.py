@@ -111,6 +111,14 @@ def open_regular(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+def entries_of(folder: Path) -> list[Path]:
+    """What a folder holds. Raises ModelError when it cannot be listed."""
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise ModelError(f"{folder} cannot be listed: {error.strerror}", hint="check its permissions") from error
+
+
 def read_bounded(path: Path, max_bytes: int) -> bytes:
     """The bytes of a regular file of at most `max_bytes`."""
     with open_regular(path) as file:
@@ -280,7 +288,7 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
         return read_weight_map(folder / INDEX_NAME)
     if os.path.lexists(folder / SINGLE_NAME):
         return None
-    pickled = sorted(path.name for path in folder.iterdir() if path.name.endswith(PICKLED_SUFFIXES))
+    pickled = sorted(path.name for path in entries_of(folder) if path.name.endswith(PICKLED_SUFFIXES))
     if pickled:
         raise ModelError(f"{folder} has only pickled weights ({pickled[0]})", hint="convert them to safetensors first")
     raise ModelError(f"{folder} has no {SINGLE_NAME} and no {INDEX_NAME}")

@@ -87,7 +87,7 @@ Descriptor = Run | Free | Adopt | Stop
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """From the sampler: the new token of every sampling item, in order.
+    """From the sampler: the new token of every sampling item, in order; sampler.NO_TOKEN where there is none.
 
     `logprobs` of the same items, empty when none asked; `prompt_logprobs` are (index of the item, of its targets).
     """

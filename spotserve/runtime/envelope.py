@@ -86,7 +86,7 @@ class Opener(Generic[Message]):
             return self._adapter.validate_json(envelope.json)
         except ValueError as error:
             # The content may be a prompt: say where it is wrong, not what it was.
-            raise EnvelopeError(f"envelope {envelope.sequence} holds no valid message ({_places(error)})") from error
+            raise EnvelopeError(f"envelope {envelope.sequence} holds no valid message ({places(error)})") from error
 
 
 def bearer(secret: str) -> tuple[tuple[str, str], ...]:
@@ -101,7 +101,8 @@ def is_bearer(metadata: Iterable[tuple[str, str | bytes]], secret: str) -> bool:
     return hmac.compare_digest(given_bytes, f"Bearer {secret}".encode())
 
 
-def _places(error: ValueError) -> str:
+def places(error: ValueError) -> str:
+    """Where a message is wrong and how, without what it holds."""
     errors = getattr(error, "errors", None)
     if errors is None:
         return type(error).__name__

@@ -140,6 +140,8 @@ _LLAMA_SPLITS: Mapping[str, Split] = {
 
 _GATE_UP = {"mlp.gate_up_proj": Split("packed_col", ("mlp", "mlp"))}
 _GEMMA2 = Family(score_cap="attn_logit_softcapping", logit_cap="final_logit_softcapping")
+_GEMMA3 = Family(logit_cap="final_logit_softcapping")
+"""Its attention modules read a cap of the scores from the config, and do not hand it to their attention function."""
 _COHERE = Family(
     splits={
         "self_attn.q_norm": Split("col", ("q_heads",), counts_heads=True),
@@ -158,7 +160,7 @@ FAMILIES: Mapping[str, Family] = {
     "Qwen3ForCausalLM": Family(),
     "GemmaForCausalLM": Family(),
     "Gemma2ForCausalLM": _GEMMA2,
-    "Gemma3ForCausalLM": _GEMMA2,
+    "Gemma3ForCausalLM": _GEMMA3,
     "Phi3ForCausalLM": Family(
         splits={"self_attn.qkv_proj": Split("packed_col", ("q_heads", "kv_heads", "kv_heads")), **_GATE_UP},
         private_config=True,
@@ -321,9 +323,23 @@ def _declared_splits(model_class: Any, family: Family) -> dict[str, Split]:
 
 
 def rope_layer_types(config: Any) -> tuple[str, ...]:
-    """The types of layers that have rotary parameters of their own; none where all layers share them."""
+    """The types of layers that have rotary parameters of their own; none where all layers share them.
+
+    Raises:
+        ModelError: the config has such parameters, and no layer types or something beside them.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
-    return tuple(sorted(set(config.layer_types))) if any(isinstance(value, dict) for value in rope.values()) else ()
+    if not any(isinstance(value, dict) for value in rope.values()):
+        return ()
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        raise ModelError(
+            f"config.json has rope_parameters by layer type, and a {config.model_type} model no layer types"
+        )
+    missing = sorted(kind for kind in set(types) if not isinstance(rope.get(kind), dict))
+    if missing:
+        raise ModelError(f"config.json has rope_parameters by layer type, but none for {missing[0]}")
+    return tuple(sorted(set(types)))
 
 
 def layer_windows(config: Any) -> tuple[int | None, ...]:
@@ -332,8 +348,13 @@ def layer_windows(config: Any) -> tuple[int | None, ...]:
     Raises:
         ModelError: a layer attends in a way that is not served.
     """
-    window: int | None = getattr(config, "sliding_window", None)
+    _check_unknown_windows(config)
+    window: int | None = config.sliding_window if hasattr(type(config), "sliding_window") else None
     types = getattr(config, "layer_types", None)
+    # Some classes write 0 where no layer has a window.
+    is_used = window is not None and (types is None or "sliding_attention" in types)
+    if is_used and (type(window) is not int or window < 1):
+        raise ModelError(f"config.json: sliding_window {window!r} is not a whole number from 1 on")
     if types is not None and not hasattr(type(config), "layer_types"):
         raise ModelError(f"config.json has layer_types, which a {config.model_type} model does not know")
     if types is None:
@@ -344,3 +365,18 @@ def layer_windows(config: Any) -> tuple[int | None, ...]:
     if "sliding_attention" in types and window is None:
         raise ModelError("config.json has layers of type sliding_attention and no sliding_window")
     return tuple(window if each == "sliding_attention" else None for each in types)
+
+
+def _check_unknown_windows(config: Any) -> None:
+    """Refuse windows of an architecture that has none, unless they are as long as its sequences.
+
+    No layer of such a model has the window, but the KV cache of transformers' `generate` drops what is outside of it:
+    what it generates depends on where the prompt ends.
+    """
+    for name in ("sliding_window", "attention_chunk_size"):
+        value = None if hasattr(type(config), name) else getattr(config, name, None)
+        if value is not None and (type(value) is not int or value < config.max_position_embeddings):
+            raise ModelError(
+                f"config.json has {name} {value!r}, which a {config.model_type} model does not know",
+                hint=f"remove {name} from config.json",
+            )

@@ -127,6 +127,19 @@ class Holdings:
         with self._lock:
             return tuple(self._loose)
 
+    def relocate(self, folder: Path, files: Sequence[ModelFile]) -> None:
+        """Read the model's files from this folder from now on; they are checked anew when something is read.
+
+        Raises:
+            ModelError: its weights have other bytes than those that are held; nothing was changed.
+        """
+        with self._lock:
+            if (folder, tuple(files)) == (self._folder, tuple(self._files)):
+                return
+            if _weight_hashes(files) != _weight_hashes(self._files):
+                raise ModelError(f"model folder {folder} has other weights than {self._folder} had")
+            self._folder, self._files, self._checkpoint = folder, files, None
+
     def checkpoint(self) -> Checkpoint:
         """The model folder, checked to be the one that the spec was made from.
 
@@ -372,3 +385,7 @@ def _union_length(runs: Iterable[tuple[int, int]]) -> int:
         total += max(0, stop - max(start, reach))
         reach = max(reach, stop)
     return total
+
+
+def _weight_hashes(files: Iterable[ModelFile]) -> list[str]:
+    return sorted(file.sha256 for file in files if file.name.endswith(".safetensors"))

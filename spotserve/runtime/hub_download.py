@@ -1,9 +1,10 @@
-"""`python -m spotserve.runtime.hub_download ID [REVISION]`: brings a repository's model files into the hub's cache.
+"""`python -m spotserve.runtime.hub_download FD ID [REVISION]`: brings a repository's model files into the hub's cache.
 
 A process of its own, so that the hub's client with its threads, bars and warnings stays out of the coordinator; it
 imports no torch. Small files come first: what they say can refuse a model before its weights are downloaded. Of the
-weights only the safetensors files that are served from come; never a pickle, never code. Each line of stdout is a JSON
-object: bytes done and in all, and at last the folder, or the error with its hint and its kind.
+weights only the safetensors files that are served from come; never a pickle, never code. Each line to the descriptor FD
+is a JSON object: bytes done and in all, and at last the folder, or the error with its hint and its kind. Stdout is the
+client's.
 
 The client's own variables count: HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_ENDPOINT, HF_TOKEN.
 """
@@ -41,8 +42,15 @@ from spotserve.runtime.checkpoint_header import (
     TEXT_FILES,
     read_weight_map,
 )
+from spotserve.runtime.model_source import without_secrets
 
 REPORT_PERIOD_S = 0.1
+
+
+class Answers:
+    """Where our caller reads."""
+
+    descriptor = 1
 
 
 class Bar(tqdm):  # type: ignore[misc]  # the client's own class is untyped
@@ -68,11 +76,13 @@ class Bar(tqdm):  # type: ignore[misc]  # the client's own class is untyped
 def main(arguments: list[str]) -> int:
     """Download and say where to; returns the exit code."""
     threading.Thread(target=end_with_parent, daemon=True).start()
-    repository, revision = arguments[0], arguments[1] if len(arguments) > 1 else None
+    repository, revision = arguments[1], arguments[2] if len(arguments) > 2 else None
+    Answers.descriptor = int(arguments[0])
     try:
         tell(folder=str(download(repository, revision)))
     except SpotServeError as error:
-        tell(error=without_token(error.message), hint=error.hint, code=error.code)
+        hint = None if error.hint is None else without_secrets(error.hint)
+        tell(error=without_secrets(error.message), hint=hint, code=error.code)
         return error.exit_code
     return 0
 
@@ -86,8 +96,7 @@ def end_with_parent() -> None:
 
 def tell(**values: object) -> None:
     """One line to the caller."""
-    sys.stdout.write(json.dumps(values) + "\n")
-    sys.stdout.flush()
+    os.write(Answers.descriptor, (json.dumps(values) + "\n").encode())
 
 
 def download(repository: str, revision: str | None) -> Path:
@@ -192,12 +201,6 @@ def unreachable(repository: str, cause: BaseException | None) -> HubError:
 def one_line(error: Exception) -> str:
     """What an exception says, short."""
     return (" ".join(str(error).split()) or type(error).__name__)[:200]
-
-
-def without_token(message: str) -> str:
-    """A message in which the token, should anything have repeated it, cannot be read."""
-    token = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN")
-    return message.replace(token, "<hidden>") if token else message
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from spotserve.core.wire import (
     WorkerMessage,
 )
 from spotserve.errors import InvariantError, MeshError, SpotServeError
+from spotserve.log import get_logger
 from spotserve.runtime.descriptor import (
     Admitted,
     Adopt,
@@ -44,11 +45,18 @@ from spotserve.runtime.descriptor import (
     decode,
     encode,
 )
+from spotserve.runtime.envelope import MAX_MESSAGE_BYTES
 from spotserve.runtime.replica_loop import ReplicaLoop, StageRunner
+from spotserve.runtime.sampler import NO_TOKEN
 
 Result = TypeVar("Result")
 
 _PROGRESS_PERIOD_S = 0.01
+
+MAX_RUNS_BYTES = MAX_MESSAGE_BYTES // 4
+"""Runs go out in messages of at most about this size, which leaves the event loop time between two of them."""
+
+log = get_logger("leader")
 
 
 class ReplicaEndedError(SpotServeError):
@@ -289,7 +297,8 @@ class Leader(ReplicaLoop):
                 continue
             try:
                 mail.reply.set_result(mail.action())
-            except MeshError as error:
+            except (MeshError, InvariantError) as error:
+                # Nobody reads the reply of a resend: our own bug would be lost there, and tokens with it.
                 mail.reply.set_exception(error)
                 raise
             except SpotServeError as error:
@@ -354,15 +363,19 @@ class Leader(ReplicaLoop):
             if batch.items[index].key in there:
                 there[batch.items[index].key].prompt_logprobs += scored
         stopped = {key for key, token in tokens.items() if self._is_stop(key, token)}
-        outcome = self._batcher.commit(batch.number, stopped)
+        failed = {key for key, token in tokens.items() if token == NO_TOKEN}
+        outcome = self._batcher.commit(batch.number, stopped | failed)
         runs = []
         for key, choice in there.items():
             start = len(choice.token_ids)
-            if key in tokens:
+            if key in failed:
+                log.warning("logits_not_finite", request=key.request, choice=key.choice, position=start)
+                choice.finish_reason = "error"
+            elif key in tokens:
                 choice.add(tokens[key], logprobs.get(key))
             if key in stopped:
                 choice.finish_reason = "stop"
-            elif key in outcome.at_length:
+            elif key in outcome.at_length and key not in failed:
                 choice.finish_reason = "length"
             if key in tokens or choice.finish_reason is not None:
                 runs.append(choice.run(key.request, key.choice, start))
@@ -498,9 +511,13 @@ class Leader(ReplicaLoop):
             )
 
     def _send_runs(self, runs: Sequence[TokenRun], *, again: bool = False) -> None:
-        if runs or again:
-            place = self.place
-            self._send(Tokens(replica=place.replica, generation=place.generation, runs=tuple(runs), again=again))
+        if not runs and not again:
+            return
+        place = self.place
+        for index, part in enumerate(parts_of(runs) or [()]):
+            # The first lifts the link's hold, and the others follow it in order.
+            is_again = again and index == 0
+            self._send(Tokens(replica=place.replica, generation=place.generation, runs=part, again=is_again))
 
     def _finish(self) -> None:
         """Nobody answers mail any more."""
@@ -517,6 +534,27 @@ class Leader(ReplicaLoop):
         for report in self._quiesces:
             report.set_exception(ended)
         self._quiesces.clear()
+
+
+def parts_of(runs: Sequence[TokenRun]) -> list[tuple[TokenRun, ...]]:
+    """The runs in their order, in parts of at most `MAX_RUNS_BYTES`; one that is larger stands alone."""
+    parts: list[list[TokenRun]] = []
+    room = 0
+    for run in runs:
+        size = _most_bytes(run)
+        if not parts or size > room:
+            parts.append([])
+            room = MAX_RUNS_BYTES
+        parts[-1].append(run)
+        room -= size
+    return [tuple(part) for part in parts]
+
+
+def _most_bytes(run: TokenRun) -> int:
+    """A bound of the run's size as JSON: a token id has at most 10 digits, a float 24 characters."""
+    scored = (*run.logprobs, *run.prompt_logprobs)
+    num_ranked = sum(len(one.top) for one in scored)
+    return 256 + len(run.request) + 12 * len(run.token_ids) + 32 * len(scored) + 40 * num_ranked
 
 
 def _scores_prompt(request: RequestContent, content: ChoiceContent) -> bool:

@@ -137,8 +137,11 @@ class TokenLedger(Protocol):
     def flush(self) -> Awaitable[None]:
         """All handed over before is durable."""
 
-    def content(self, request: RequestId) -> Content:
-        """Durable content. Raises KeyError."""
+    def __contains__(self, request: object) -> bool:
+        """Whether it holds a request, ended or not."""
+
+    def content(self, request: RequestId, *, with_logprobs: bool) -> Content:
+        """Durable content, which costs a multiple with logprobs. Raises KeyError."""
 
     def end(self, request: RequestId, state: Any, error: str | None = None) -> Awaitable[Outcome]:
         """Store how a request ended."""
@@ -278,7 +281,7 @@ class LiveWorld:
                 (request.id, view.choice, len(view.token_ids))
                 for request in requests
                 if self._known(request.id)
-                for view in self.ledger.content(request.id).choices
+                for view in self.ledger.content(request.id, with_logprobs=False).choices
                 if view.finish_reason is None
             ]
             if positions:
@@ -286,7 +289,7 @@ class LiveWorld:
         for name in state.requests:
             if not self._known(name):
                 continue
-            content = self.ledger.content(name)
+            content = self.ledger.content(name, with_logprobs=False)
             if content.ended is not None:
                 self._ended(name, content.ended)
             elif all(view.finish_reason is not None for view in content.choices):
@@ -294,7 +297,7 @@ class LiveWorld:
                 self._ended(name, "finished")
         for request in state.requests.values():
             if request.replica is not None and self._known(request.id):
-                for view in self.ledger.content(request.id).choices:
+                for view in self.ledger.content(request.id, with_logprobs=False).choices:
                     if view.finish_reason is not None:
                         self._close_at_leader(request.replica, request.generation, request.id, view.choice)
 
@@ -467,7 +470,7 @@ class LiveWorld:
     def _standing(self, request: RequestId, choice: int) -> int | None:
         """Durable tokens of an open choice, None when it is closed or gone."""
         try:
-            view = self.ledger.content(request).choices[choice]
+            view = self.ledger.content(request, with_logprobs=False).choices[choice]
         except KeyError:
             return None
         return None if view.finish_reason is not None else len(view.token_ids)
@@ -482,11 +485,7 @@ class LiveWorld:
         await self.ledger.set_owners(owners)
 
     def _known(self, request: RequestId) -> bool:
-        try:
-            self.ledger.content(request)
-        except KeyError:
-            return False
-        return True
+        return request in self.ledger
 
     async def _abort_run(self, command_id: str, command: cmd.AbortRun) -> None:
         log.warning("plan_aborted", epoch=command.epoch, reason=command.reason)
@@ -554,7 +553,7 @@ class LiveWorld:
 
     def _content(self, admission: cmd.Admission, *, again: bool) -> wire.RequestContent | None:
         try:
-            stored = self.ledger.content(admission.request)
+            stored = self.ledger.content(admission.request, with_logprobs=False)
         except KeyError:
             return None
         known = self._state().requests.get(admission.request)
@@ -638,7 +637,7 @@ class LiveWorld:
     def _ended(self, request: RequestId, outcome: str) -> None:
         self._last_token_s.pop(request, None)
         self._to_recompute.pop(request, None)
-        choices = self.ledger.content(request).choices
+        choices = self.ledger.content(request, with_logprobs=False).choices
         self.emit(
             ev.RequestEnded.model_validate(
                 {

@@ -1,7 +1,7 @@
 """The SHA-256 of every file that a model is served from, resolved once by the coordinator and told to every worker.
 
-A file is hashed when it is first met and never again while device, inode, size, mtime and ctime stay: any write through
-the file system changes the last. So a second start is instant, and still finds what was changed between two starts. A
+A file is hashed when it is first met and never again while device, inode, size, mtime and ctime stay. So a second start
+is instant, and still finds what was written between two starts, for nobody can put the last of them back. A
 worker that opens the very same file believes the coordinator; one that sees another file under that name, as on another
 machine, hashes it before it reads a weight. See docs/decisions/0009-model-manifest.md.
 """
@@ -29,6 +29,7 @@ from spotserve.runtime.checkpoint_header import (
     INDEX_NAME,
     TEXT_FILES,
     CheckpointLayout,
+    entries_of,
     open_regular,
     read_bounded,
 )
@@ -177,8 +178,9 @@ def read_manifest(path: Path) -> ModelManifest | None:
 def expectations(folder: Path) -> dict[str, Expectation]:
     """File name to the SHA-256 that the hub's cache or the folder's SHA256SUMS says it has."""
     found: dict[str, Expectation] = {}
-    for path in folder.iterdir():
-        blob = path.resolve()
+    for path in entries_of(folder):
+        # Not `Path.resolve`, which raises where a link leads to itself, be it one that nothing is served from.
+        blob = Path(os.path.realpath(path))
         if path.is_symlink() and blob.parent.name == "blobs" and BLOB_NAME.fullmatch(blob.name):
             found[path.name] = Expectation(blob.name, "the hub")
     sums = folder / SUMS_NAME

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -18,6 +19,8 @@ from spotserve.core.ports import Progress
 from spotserve.errors import HubError, ModelError, SpotServeError
 
 HUB_ID = re.compile(r"(?P<id>\w[\w.-]{0,95}(?:/\w[\w.-]{0,95})?)(?:@(?P<revision>\w[\w./-]{0,254}))?", re.ASCII)
+TOKEN_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+USER_INFO = re.compile(r"://[^/\s]*@")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +39,13 @@ def resolve_model(model: str, progress: Progress) -> ModelSource:
         HubError: the hub cannot be reached and its cache does not have it.
     """
     path = Path(model)
-    if path.is_dir():
-        return ModelSource(path, path.resolve().name)
+    if _is_folder(path):
+        resolved = path.resolve()
+        if not _is_text(str(resolved)):
+            raise ModelError(f"MODEL {str(resolved)!a} is no UTF-8 text", hint="rename the folder")
+        return ModelSource(path, resolved.name)
+    if not _is_text(model):
+        raise ModelError(f"MODEL {model!a} is no UTF-8 text", hint="rename it")
     if os.path.lexists(path):
         raise ModelError(f"MODEL {model} is not a folder", hint="give a folder with config.json and safetensors")
     matched = HUB_ID.fullmatch(model)
@@ -48,12 +56,29 @@ def resolve_model(model: str, progress: Progress) -> ModelSource:
     return ModelSource(downloaded(matched["id"], matched["revision"], progress), matched["id"])
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return False
+        raise ModelError(f"MODEL {path} cannot be read: {error.strerror}", hint="check the permissions") from error
+
+
+def _is_text(name: str) -> bool:
+    """Whether a path can be sent and logged: a name on disk may be any bytes."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def downloaded(repository: str, revision: str | None, progress: Progress) -> Path:
     """The folder of a repository's files in the hub's cache."""
     answer: dict[str, Any] = {}
-    with tempfile.TemporaryFile("w+") as words, downloading(repository, revision, words) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
+    with tempfile.TemporaryFile("w+") as words, downloading(repository, revision, words) as (process, answers):
+        for line in answers:
             answer = json.loads(line)
             if "done" in answer:
                 progress.show("download", answer["done"], answer["total"])
@@ -66,22 +91,40 @@ def downloaded(repository: str, revision: str | None, progress: Progress) -> Pat
     if "error" in answer:
         kind = ModelError if answer["code"] == ModelError.code else HubError
         raise kind(answer["error"], hint=answer["hint"])
-    raise SpotServeError(f"the download of {repository} ended with {code}: {said[-1] if said else 'no word'}")
+    raise SpotServeError(
+        f"the download of {repository} ended with {code}: {without_secrets(said[-1]) if said else 'no word'}"
+    )
 
 
 @contextmanager
-def downloading(repository: str, revision: str | None, stderr: IO[str]) -> Iterator[subprocess.Popen[str]]:
-    """The process that downloads; it does not outlive this."""
-    command = [sys.executable, "-m", "spotserve.runtime.hub_download", repository]
-    process = subprocess.Popen(
-        command if revision is None else [*command, revision],
-        stdin=subprocess.PIPE,  # Its end tells the process that we are gone.
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        text=True,
-    )
-    with process:
+def downloading(
+    repository: str, revision: str | None, words: IO[str]
+) -> Iterator[tuple[subprocess.Popen[bytes], IO[str]]]:
+    """The process that downloads, which does not outlive this, and its answers; all else it writes goes to `words`."""
+    # Not its stdout: the hub's client prints there when it pleases.
+    read_end, write_end = os.pipe()
+    with open(read_end, encoding="utf-8") as answers:
+        command = [sys.executable, "-m", "spotserve.runtime.hub_download", str(write_end), repository]
         try:
-            yield process
+            process = subprocess.Popen(
+                command if revision is None else [*command, revision],
+                stdin=subprocess.PIPE,  # Its end tells the process that we are gone.
+                stdout=words,
+                stderr=words,
+                pass_fds=(write_end,),
+            )
         finally:
-            process.kill()
+            os.close(write_end)
+        with process:
+            try:
+                yield process, answers
+            finally:
+                process.kill()
+
+
+def without_secrets(text: str) -> str:
+    """A text without the token and without the name and password of an address, should anything have repeated them."""
+    for variable in TOKEN_VARIABLES:
+        if token := os.environ.get(variable, "").strip():
+            text = text.replace(token, "<hidden>")
+    return USER_INFO.sub("://", text)

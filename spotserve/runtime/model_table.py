@@ -24,16 +24,29 @@ from spotserve.core.spec import DTYPE_BYTES, Axis, DType, ModelSpec, Parameter, 
 from spotserve.errors import ModelError
 from spotserve.runtime.architecture import read_architecture
 from spotserve.runtime.checkpoint_header import CheckpointLayout, validate_checkpoint
-from spotserve.runtime.family import ModelParts, Split, layer_windows, model_parts
+from spotserve.runtime.family import ModelParts, Split, layer_windows, model_parts, rope_layer_types
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose angles depend on the position alone, not on the length of the sequence."""
 
 HEAD_AXES = ("q_heads", "kv_heads")
 
+FLOAT_DTYPES: Mapping[str, str] = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""How a weight may be stored. Integers are quantized weights, whose scales lie elsewhere."""
 
-STRANGE_VALUE_ERRORS = (LookupError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError, OSError)
-"""What transformers and torch raise on values in `config.json` that their authors did not think of."""
+
+STRANGE_VALUE_ERRORS = (
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+    OSError,
+    ImportError,
+)
+"""What transformers and torch raise on values in `config.json` that their authors did not think of, or that ask for
+packages which are not installed."""
 MAX_REASON_CHARS = 200
 
 
@@ -87,7 +100,11 @@ def describe_model(folder: Path, dtype: str | None = None) -> ModelSpec:
 def load_config(folder: Path) -> Any:
     """The transformers config of `folder`, read from disk alone and without any code of its own."""
     try:
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        # A file may name any attention, even a repository whose kernels would be loaded: the one that is built in.
+        config._attn_implementation = "eager"
+        config._experts_implementation = None
+        return config
     except (StrictDataclassError, *STRANGE_VALUE_ERRORS) as error:
         raise ModelError(f"{folder / 'config.json'} is not accepted by transformers: {_reason(error)}") from error
 
@@ -99,9 +116,10 @@ def _reason(error: Exception) -> str:
 
 def _check_features(config: Any) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
+    kinds = rope_layer_types(config)
     # One set of parameters, or one for each type of layer.
-    for each in [rope] if not any(isinstance(value, dict) for value in rope.values()) else rope.values():
-        rope_type = (each or {}).get("rope_type", "default")
+    for each in [rope[kind] for kind in kinds] if kinds else [rope]:
+        rope_type = each.get("rope_type", "default")
         if rope_type not in ROPE_TYPES:
             raise ModelError(f"rope_type {rope_type} is not supported, known: {', '.join(ROPE_TYPES)}")
     layer_windows(config)
@@ -115,7 +133,9 @@ def _check_features(config: Any) -> None:
 def head_counts(config: Any) -> tuple[int, int, int]:
     """(q heads, kv heads, head_dim) of a model."""
     q_heads = int(config.num_attention_heads)
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or q_heads)
+    # An entry that its class does not know stays in a config, but no module of transformers reads it.
+    grouped = config.num_key_value_heads if hasattr(type(config), "num_key_value_heads") else None
+    kv_heads = int(grouped or q_heads)
     return q_heads, kv_heads, int(getattr(config, "head_dim", None) or config.hidden_size // q_heads)
 
 
@@ -239,12 +259,15 @@ class _Table:
 
 
 def _as_stored(layout: CheckpointLayout, parameters: tuple[Parameter, ...], parts: ModelParts) -> tuple[Parameter, ...]:
-    """The rows with the names that this checkpoint has: their own, the family's other ones, or without the base."""
+    """The rows with the names that this checkpoint has: their own, the family's other ones, or without the base.
+
+    A head that should be the embedding is its own where it is stored: transformers ties what a checkpoint lacks.
+    """
     result = []
     for parameter in parameters:
         own = parameter.source or parameter.name
         without_base = own.removeprefix(f"{parts.base}.") if isinstance(own, str) else own
-        for source in (own, parts.family.stored.get(parameter.name), without_base):
+        for source in (parameter.name, parts.family.stored.get(parameter.name), own, without_base):
             named = parameter.model_copy(update={"source": None if source == parameter.name else source})
             if source is not None and named.stored()[0][0] in layout.tensors:
                 break
@@ -259,6 +282,11 @@ def _check_stored(layout: CheckpointLayout, parameters: tuple[Parameter, ...], n
         for layer in range(num_layers) if parameter.stage == "layer" else [0]:
             for name, shape in parameter.stored(layer):
                 stored = layout.tensor(name)
+                if stored.dtype not in FLOAT_DTYPES:
+                    raise ModelError(
+                        f"{stored.file}: {stored.name} is stored as {stored.dtype}, known: {', '.join(FLOAT_DTYPES)}",
+                        hint="give the model before it was quantized",
+                    )
                 if stored.shape != shape:
                     raise ModelError(f"{stored.file}: {stored.name} has shape {stored.shape}, config.json says {shape}")
 
@@ -268,8 +296,14 @@ def _serving_dtype(
 ) -> DType:
     first = next(parameter for parameter in parameters if parameter.stage == "first")
     [(name, _)] = first.stored()
-    stored = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(layout.tensor(name).dtype)
-    chosen = dtype if dtype is not None else stored
+    stored = layout.tensor(name)
+    known = ", ".join(DTYPE_BYTES)
+    if dtype is None and FLOAT_DTYPES[stored.dtype] not in DTYPE_BYTES:
+        raise ModelError(
+            f"{stored.file}: {name} is stored as {stored.dtype}, which is not served in, known: {known}",
+            hint="choose what it is converted to with --dtype",
+        )
+    chosen = dtype if dtype is not None else FLOAT_DTYPES[stored.dtype]
     if chosen not in DTYPE_BYTES:
-        raise ModelError(f"{folder}: dtype {chosen} is not supported, known: {', '.join(DTYPE_BYTES)}")
+        raise ModelError(f"{folder}: dtype {chosen} is not supported, known: {known}")
     return cast("DType", chosen)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from spotserve.core.batching import SequenceKey
@@ -34,9 +35,10 @@ from spotserve.runtime.descriptor import (
     decode,
     encode,
 )
+from spotserve.runtime.envelope import places
 from spotserve.runtime.kv_migration import IncomingKv
 from spotserve.runtime.mesh import Mesh
-from spotserve.runtime.sampler import Draw, History, sample, token_logprobs
+from spotserve.runtime.sampler import NO_TOKEN, Draw, History, sample, token_logprobs
 from spotserve.runtime.stage_model import BatchSequence, StageBatch, StageModel
 
 LEADER = 0
@@ -163,7 +165,7 @@ class StageRunner:
         sampled = logits[rows] if prompt_logprobs else logits
         token_ids = tuple(sample(sampled, draws))
         for draw, token_id in zip(draws, token_ids, strict=True):
-            if draw.history is not None:
+            if draw.history is not None and token_id != NO_TOKEN:
                 draw.history.add(token_id)
         return Sampled(run.number, token_ids, _logprobs(sampled, draws, token_ids), tuple(prompt_logprobs))
 
@@ -178,7 +180,9 @@ def _logprobs(logits: Tensor, draws: Sequence[Draw], token_ids: Sequence[int]) -
     if all(draw.parameters.logprobs is None for draw in draws):
         return ()
     return tuple(
-        None if (num_top := draw.parameters.logprobs) is None else token_logprobs(row, token_id, num_top)
+        None
+        if (num_top := draw.parameters.logprobs) is None or token_id == NO_TOKEN
+        else token_logprobs(row, token_id, num_top)
         for row, draw, token_id in zip(logits, draws, token_ids, strict=True)
     )
 
@@ -226,6 +230,10 @@ class ReplicaLoop:
             self._iterate()
         except MeshError as error:
             self._break(error.message)
+        except ValidationError as error:
+            # Its text quotes what a client sent; the detail goes to the journal, the rest to the log.
+            traceback.print_tb(error.__traceback__)
+            self._break(f"{type(error).__name__}: {places(error)}")
         except Exception as error:  # noqa: BLE001  # The thread's edge: whatever it is, the replica cannot go on.
             traceback.print_exc()
             self._break(f"{type(error).__name__}: {error}")

@@ -17,6 +17,8 @@ from torch import Tensor
 from spotserve.core.sampling import RankedToken, SamplingParameters, TokenLogprobs
 from spotserve.errors import InvariantError
 
+NO_TOKEN = -1
+"""Instead of a token where the logits have no finite maximum: NaN, infinite, or all masked."""
 LEAST_LOGPROB = -9999.0
 """Told instead of minus infinity, which JSON cannot say."""
 
@@ -69,27 +71,38 @@ def uniform(*, seed: int, choice: int, position: int) -> float:
 
 
 def sample(logits: Tensor, draws: Sequence[Draw]) -> list[int]:
-    """The token of each row of `logits` [rows, vocabulary]."""
+    """The token of each row of `logits` [rows, vocabulary], or NO_TOKEN."""
     assert logits.shape[0] == len(draws)
     if not draws:
         return []
-    greedy = torch.argmax(logits, dim=-1).tolist()
+    # NaN counts as the greatest, so that a row with one shows it here.
+    peaks, greedy = torch.max(logits, dim=-1)
+    tokens = torch.where(torch.isfinite(peaks), greedy, NO_TOKEN).tolist()
     return [
-        int(token) if draw.parameters.temperature == 0.0 and not draw.changes_logits else sample_row(row, draw)
-        for token, row, draw in zip(greedy, logits, draws, strict=True)
+        token
+        if token == NO_TOKEN or (draw.parameters.temperature == 0.0 and not draw.changes_logits)
+        else sample_row(row, draw)
+        for token, row, draw in zip(tokens, logits, draws, strict=True)
     ]
 
 
 def sample_row(logits: Tensor, draw: Draw) -> int:
-    """One token from the distribution that penalties, bias, temperature, top_k and top_p leave of `logits`."""
+    """One token from the distribution that penalties, bias, temperature, top_k and top_p leave of `logits`.
+
+    NO_TOKEN where they leave none.
+    """
     parameters = draw.parameters
     row = wide_row(logits)
     if draw.changes_logits:
         change_logits(row, draw)
+    peak = row.max()
+    if not torch.isfinite(peak):
+        return NO_TOKEN
     if parameters.temperature == 0.0:
         return int(torch.argmax(row))
     point = uniform(seed=parameters.seed, choice=draw.choice, position=draw.position)
-    scaled = row / parameters.temperature
+    # Below the peak, a division by the least temperature there is overflows to what has no chance anyway.
+    scaled = (row - peak) / parameters.temperature
     if not parameters.top_k and parameters.top_p == 1.0:
         return _inverse_cumulative(torch.softmax(scaled, dim=-1), point)
     # A stable sort keeps equal logits in token order, so ties are cut the same way everywhere.

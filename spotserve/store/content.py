@@ -97,18 +97,24 @@ def _request_row(live: LiveRequest) -> tuple[int, str, int, bytes, bytes, int]:
 
 
 def load_requests(
-    path: Path, connection: apsw.Connection, where: str, bindings: tuple[str, ...] = ()
+    path: Path,
+    connection: apsw.Connection,
+    where: str,
+    bindings: tuple[str, ...] = (),
+    *,
+    with_logprobs: bool = True,
 ) -> list[LiveRequest]:
-    """The requests that a constant condition names, with their content, checked.
+    """The requests that a constant condition names, with their content or all but its logprobs, checked.
 
     Raises StateDirError for a row that is corrupt.
     """
     columns = "number, created_unix_s, prompt_ids, body, checksum, replica, generation, ended, error"
     query = f"SELECT {columns} FROM requests WHERE {where} ORDER BY number"  # noqa: S608  (no data in it)
-    return [_loaded(path, connection, row) for row in connection.execute(query, bindings).fetchall()]
+    rows = connection.execute(query, bindings).fetchall()
+    return [_loaded(path, connection, row, with_logprobs=with_logprobs) for row in rows]
 
 
-def _loaded(path: Path, connection: apsw.Connection, row: tuple[Any, ...]) -> LiveRequest:
+def _loaded(path: Path, connection: apsw.Connection, row: tuple[Any, ...], *, with_logprobs: bool) -> LiveRequest:
     number, created_unix_s, prompt_ids, body, checksum, replica, generation, ended, error = row
     if zlib.crc32(prompt_ids + body) != checksum:
         raise _corrupt(path, f"request {number} does not match its checksum")
@@ -117,7 +123,7 @@ def _loaded(path: Path, connection: apsw.Connection, row: tuple[Any, ...]) -> Li
     live.owner = Owner(ReplicaId(replica), generation) if replica is not None else None
     live.ended, live.error, live.staged_end = ended, error, ended is not None
     _load_runs(path, connection, live)
-    if new.sampling.logprobs is not None:
+    if with_logprobs and new.sampling.logprobs is not None:
         _load_logprobs(path, connection, live)
     for choice in live.choices:
         choice.publish()

@@ -319,21 +319,15 @@ class Ledger:
 
     def durable(self, request: RequestId) -> dict[int, int]:
         """Durable tokens per choice. Raises KeyError for an unknown request."""
-        return {index: choice.num_durable for index, choice in enumerate(self._found(request).choices)}
+        choices = self._found(request, with_logprobs=False).choices
+        return {index: choice.num_durable for index, choice in enumerate(choices)}
 
-    def content(self, request: RequestId) -> StoredRequest:
-        """All that is durable of a request. Raises KeyError for an unknown one."""
-        live = self._found(request)
+    def content(self, request: RequestId, *, with_logprobs: bool = True) -> StoredRequest:
+        """All that is durable of a request, or all but its logprobs. Raises KeyError for an unknown one."""
+        live = self._found(request, with_logprobs=with_logprobs)
         with self._lock:
             views = tuple(
-                ChoiceView(
-                    choice=index,
-                    token_ids=tuple(choice.tokens[: choice.num_durable]),
-                    finish_reason=choice.finish_reason,
-                    logprobs=tuple(choice.logprobs[: choice.num_durable]),
-                    prompt_logprobs=choice.prompt_logprobs,
-                )
-                for index, choice in enumerate(live.choices)
+                _view(index, choice, with_logprobs=with_logprobs) for index, choice in enumerate(live.choices)
             )
             return StoredRequest(live.new, live.created_unix_s, live.owner, views, live.ended, live.error)
 
@@ -361,7 +355,7 @@ class Ledger:
 
     def rows(self, request: RequestId) -> list[LedgerRow]:
         """The stored runs with the generation that made each. Raises KeyError for an unknown request."""
-        number = self._found(request).number
+        number = self._found(request, with_logprobs=False).number
         query = "SELECT choice, position, length(token_ids) / 4, replica, generation FROM runs WHERE number = ?"
         with self._lock:
             return [LedgerRow(*row) for row in self._reader.execute(query + " ORDER BY choice, position", (number,))]
@@ -542,16 +536,31 @@ class Ledger:
         if live.ended is not None and not live.signals:
             self._live.pop(live.new.request, None)
 
-    def _found(self, request: RequestId) -> LiveRequest:
-        """The request from memory, else from the disk. Raises KeyError."""
+    def _found(self, request: RequestId, *, with_logprobs: bool = True) -> LiveRequest:
+        """The request from memory, else from the disk, where its logprobs may stay. Raises KeyError."""
         with self._lock:
             live = self._live.get(request)
             if live is None and request not in self._arriving:
                 with self._reader:  # One view of all tables: it may expire meanwhile.
-                    live = next(iter(load_requests(self.path, self._reader, "request = ?", (request,))), None)
+                    found = load_requests(
+                        self.path, self._reader, "request = ?", (request,), with_logprobs=with_logprobs
+                    )
+                live = next(iter(found), None)
         if live is None:
             raise KeyError(request)
         return live
+
+
+def _view(index: int, choice: LiveChoice, *, with_logprobs: bool) -> ChoiceView:
+    """What is durable of a choice: checked when it was appended or loaded, so not here once more."""
+    num_durable = choice.num_durable
+    return ChoiceView.model_construct(
+        choice=index,
+        token_ids=tuple(choice.tokens[:num_durable]),
+        finish_reason=choice.finish_reason,
+        logprobs=tuple(choice.logprobs[:num_durable]) if with_logprobs else (),
+        prompt_logprobs=choice.prompt_logprobs if with_logprobs else (),
+    )
 
 
 def _wake(signals: list[Signal]) -> None:

@@ -46,8 +46,9 @@ class StateDir:
 
     Args:
         path: The folder.
-        fresh: Archive the journal and delete the content of earlier runs. Term, secret and port stay: workers of
-            the earlier run must still be told apart.
+        fresh: Archive the journal and delete the content of earlier runs when the journal is opened, so that a start
+            that is refused before destroys nothing. Term, secret and port stay: workers of the earlier run must still
+            be told apart.
 
     Raises:
         StateDirError: It cannot be created or written, or another process holds it.
@@ -55,6 +56,7 @@ class StateDir:
 
     def __init__(self, path: Path, *, fresh: bool = False) -> None:
         self.path = path
+        self._fresh = fresh
         try:
             _create_private(path)
             self._lock_fd = _lock(path / "pid")
@@ -63,9 +65,6 @@ class StateDir:
         try:
             self.logs_path.mkdir(mode=0o700, exist_ok=True)
             self._term = self._raise_term()
-            if fresh:
-                self._archive_journal()
-                self._delete_ledger()
         except OSError as error:
             self.close()
             raise _unwritable(path, error) from error
@@ -127,10 +126,13 @@ class StateDir:
         return port
 
     def open_journal(self, *, model_digest: str, dtype: str, now_unix_s: float) -> OpenedJournal:
-        """Continue the journal, or begin a new one when there is none or the last daemon stopped cleanly.
+        """Continue the journal, or begin a new one: when told to, there is none or the last daemon stopped cleanly.
 
         Raises StateDirError when the journal to continue is corrupt or belongs to another model or dtype.
         """
+        if self._fresh:
+            self._archive_journal()
+            self._fresh = False
         if self.journal_path.exists():
             journal = Journal.open(self.journal_path)
             identity, clean_stop = journal.identity, journal.clean_stop

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from spotserve.api.choice import token_name
+from spotserve.api.choice import ChoiceFold, token_name
+from spotserve.api.tokenizer import TextCodec
+from spotserve.core.ids import RequestId
+from spotserve.core.ports import NewRequest
+from spotserve.core.sampling import SamplingParameters, TokenLogprobs
 from tests.api.conftest import Served
+from tests.api.folder import metaspace_tokenizer
 from tests.api.test_generation import answer_ids
 from tests.api.test_requests import continuation
 
@@ -161,6 +167,54 @@ def test_an_echo_comes_first(shared: Served) -> None:
     ][: len(prompt_ids)]
     assert [None, None] == [logprobs["token_logprobs"][0], logprobs["top_logprobs"][0]]
     assert "<s>" == logprobs["tokens"][0]
+
+
+def fold_of(codec: TextCodec, prompt: tuple[int, ...], logprobs: int | None, stop: tuple[str, ...] = ()) -> ChoiceFold:
+    """The fold of a request that echoes this prompt."""
+    sampling = SamplingParameters(seed=1, max_tokens=9, logprobs=logprobs, prompt_logprobs=logprobs is not None)
+    kept = {"kind": "completion", "echo": True}
+    request = NewRequest(
+        request=RequestId("a"), prompt_ids=prompt, num_choices=1, sampling=sampling, stop=stop, keep_text=kept
+    )
+    return ChoiceFold(request, codec)
+
+
+@pytest.mark.parametrize("stop", [(), ("cd",)])
+def test_an_echo_keeps_the_space_behind_it(stop: tuple[str, ...]) -> None:
+    """Tests that a decoder that strips a text's first space strips none between echo and answer, offsets included."""
+    codec = TextCodec(metaspace_tokenizer(), eos_token_ids=(2,), template=None)
+    prompt, token_ids = codec.encode("ab a"), codec.encode("ab cd a", add_special_tokens=False)
+    whole = codec.decode((*prompt, *token_ids))
+    assert "ab a ab cd a" == whole
+    fold = fold_of(codec, prompt, 0, stop)
+    scores = [TokenLogprobs(-1.0)] * (len(prompt) + len(token_ids))
+    piece = fold.begin(scores[: len(prompt) - 1])
+    for token_id in token_ids:
+        piece += fold.push([token_id], scores[:1])
+    piece += fold.close()
+    assert (whole.partition("cd")[0] if stop else whole) == piece.text
+    logprobs = fold.logprobs(piece)
+    assert logprobs is not None
+    for name, at in zip(logprobs["tokens"][2:], logprobs["text_offset"][2:], strict=True):
+        assert whole.startswith(name, at)
+
+
+@pytest.mark.parametrize("logprobs", [None, 0])
+def test_a_long_echo_is_put_together_once(logprobs: int | None) -> None:
+    """Tests that of a long prompt the fold keeps how long its text is, not the text, which is made once."""
+    codec = TextCodec(metaspace_tokenizer(), eos_token_ids=(2,), template=None)
+    prompt = codec.encode("ab " * 5_000)
+    fold = fold_of(codec, prompt, logprobs)
+    piece = fold.begin([TokenLogprobs(-1.0)] * (len(prompt) - 1))
+    assert codec.decode(prompt) == piece.text
+    assert (0 if logprobs is None else len(prompt)) == len(piece.entries)
+    if logprobs is None:
+        assert fold._offsets is None
+        return
+    assert not [held for held in gc.get_referents(fold._offsets) if isinstance(held, str)]
+    letter = fold.push(codec.encode("b", add_special_tokens=False)[-1:], [TokenLogprobs(-1.0)])
+    following = fold.push(codec.encode("b", add_special_tokens=False)[-1:], [TokenLogprobs(-1.0)])
+    assert [len(piece.text), len(piece.text + letter.text)] == [one.entries[0][3] for one in (letter, following)]
 
 
 @pytest.mark.parametrize("stream", [False, True])

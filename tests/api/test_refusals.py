@@ -149,6 +149,17 @@ def test_an_echoed_prompt_is_bounded(shared: Served, monkeypatch: pytest.MonkeyP
         assert 200 == client.post("/v1/completions", json={**body, "prompt": [5, 6, 7], "logprobs": 0}).status_code
 
 
+def test_echoed_prompts_are_bounded_together(shared: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that many prompts and choices cannot have more logprobs than one prompt at a time might."""
+    monkeypatch.setattr("spotserve.api.validation.MAX_SCORED_TOKENS", 11)
+    body = {**COMPLETION, "prompt": [[5, 6, 7]] * 2, "n": 2, "echo": True}
+    status, error = post(shared, "/v1/completions", {**body, "logprobs": 0})
+    assert (400, "echo", True) == (status, error["param"], "12 prompt tokens" in error["message"])
+    with shared.http() as client:
+        assert 200 == client.post("/v1/completions", json=body).status_code
+        assert 200 == client.post("/v1/completions", json={**body, "n": 1, "logprobs": 0}).status_code
+
+
 LATER_VALUES: dict[str, Any] = {
     "add_generation_prompt": False,
     "best_of": 2,

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from spotserve.api.text import ChoiceText, Detokenizer, StopJudge, visible_text
+from spotserve.api.text import ChoiceText, Detokenizer, Joint, StopJudge, visible_text
 from spotserve.api.tokenizer import TextCodec
 from tests.api.folder import EOS, byte_level_tokenizer, metaspace_tokenizer
 
@@ -55,6 +55,32 @@ def test_metaspace_text_round_trips(text: str) -> None:
     """Tests that byte fallback and the stripped leading space survive token by token decoding."""
     token_ids = METASPACE.encode(text)
     assert METASPACE.decode(token_ids) == visible_text(METASPACE, token_ids, (), closed=True)
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text("abcdefgh 🙂ß東", max_size=30), cut=st.integers(0, 60))
+def test_a_text_goes_on_where_another_ended(text: str, cut: int) -> None:
+    """Tests that the space that decoding strips from a text's first token comes back behind another text."""
+    token_ids = METASPACE.encode(text)
+    before, after = token_ids[:cut], token_ids[cut:]
+    ends = [visible_text(METASPACE, part, (), closed=True) for part in (before, after)]
+    joint = Joint(METASPACE, before)
+    between = "".join(map(joint.push, after))
+    whole = METASPACE.decode(token_ids)
+    # Where the cut lies within a character, each text has its own half of it.
+    expected = whole if "\ufffd" not in "".join(ends) else between.join(ends)
+    assert expected == between.join(ends)
+    assert between in ("", " ")
+
+
+def test_nothing_lies_between_texts_that_strip_nothing() -> None:
+    """Tests that no decoder's text but one that strips gets anything put before it, nor one that follows nothing."""
+    token_ids = METASPACE.encode("a b", add_special_tokens=False)
+    assert ["", "", ""] == list(map(Joint(METASPACE, ()).push, [1, *token_ids[:2]]))
+    assert ["", ""] == list(map(Joint(METASPACE, (1,)).push, token_ids[:2]))
+    assert ["", " ", ""] == list(map(Joint(METASPACE, (*token_ids, 1)).push, [1, *token_ids[:2]]))
+    for first in range(330):
+        assert all("" == Joint(BYTE_LEVEL, (first,)).push(second) for second in range(0, 330, 7))
 
 
 def test_a_split_character_waits() -> None:

@@ -137,7 +137,10 @@ AT_ONCE: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         damaged(config(architectures=["NoSuchForCausalLM"])),
         r"architecture NoSuchForCausalLM is not supported",
     ),
-    "auto_map": (damaged(config(auto_map={"AutoModel": "evil.Model"})), r"auto_map: .* code of its own"),
+    "own code": (
+        damaged(config(architectures=["EvilModel"], auto_map={"AutoModel": "evil.EvilModel"})),
+        r"architecture EvilModel is not supported",
+    ),
     "quantised": (damaged(config(quantization_config={"bits": 4})), r"has a quantization_config"),
     "only pickled": (damaged(only_pickled), r"has only pickled weights \(pytorch_model\.bin\)"),
     "no weights": (damaged(lambda model: (model / "model.safetensors").unlink()), r"has no model\.safetensors"),

@@ -21,6 +21,8 @@ from spotserve.core.spec import ModelSpec
 from spotserve.store.journal import EntryJournal, Journal
 from tests.e2e.conftest import TinyModel
 from tests.e2e.daemon import SPOTSERVE, RunningDaemon, running
+from tests.e2e.models import SMALL, generated, write_tiny
+from tests.e2e.scene import LAUNCHED, members_of
 from tests.runtime.hub import serving_hub
 
 pytestmark = pytest.mark.e2e
@@ -149,6 +151,38 @@ def test_a_join_is_filled_by_peers(tmp_path: Path, small: TinyModel, small_envir
         daemon.wait_state("serving")
         assert (0, whole) == (fills(daemon)[-1].from_peers, fills(daemon)[-1].from_storage)
         assert_exact(daemon, small)
+
+
+def test_a_new_journal_leaves_the_old_daemons_workers_alone(
+    tmp_path: Path, small: TinyModel, small_environment: dict[str, str]
+) -> None:
+    """Tests that `--fresh` after a kill serves the weights that lie there now, and that the old workers end.
+
+    They outlived their daemon with the old weights, under the names that the new one launches.
+    """
+    folder = Path(shutil.copytree(small.folder, tmp_path / "model"))
+    args = [str(folder), "--gpu-memory", "24MiB", "--instances", "2", "-dp", "1", "-pp", "2", "-tp", "1"]
+    with running(tmp_path / "state", *args, env=small_environment) as daemon:
+        assert_exact(daemon, small)
+        old = groups_of(daemon)
+        assert all(members_of(group) for group in old)
+        daemon.kill9()
+        other = write_tiny(tmp_path / "other", seed=1, **SMALL)
+        expected = generated(other, small.prompt_ids, NUM_TOKENS)
+        assert expected != small.expected(NUM_TOKENS)
+        os.replace(other / "model.safetensors", folder / "model.safetensors")
+        daemon.args = (*args, "--fresh")
+        daemon.start()
+        daemon.wait_for(lambda: not any(members_of(group) for group in old), "without the old workers")
+        streams = small.stream_all(daemon, NUM_TOKENS)
+        assert expected == [stream.wait() for stream in streams]
+        assert ["ready", "ready"] == [one["state"] for one in daemon.status()["instances"]]
+        assert all(members_of(group) for group in groups_of(daemon) - old)
+
+
+def groups_of(daemon: RunningDaemon) -> set[int]:
+    """The process groups of all instances ever launched."""
+    return {int(group) for _, group in LAUNCHED.findall(daemon.log_path.read_text(errors="replace"))}
 
 
 def refused(state_dir: Path, env: dict[str, str], *args: str) -> str:

@@ -117,6 +117,7 @@ class Cluster:
         self.forkserver = forkserver
         self.secret = secrets.token_hex(16)
         self.term = 1
+        self.journal = "first"
         self.port = 0
         self.orphan_timeout_s = 20.0
         self.durable_cap: int | None = None
@@ -152,6 +153,7 @@ class Cluster:
             term=self.term,
             spec=self.spec,
             model_path=str(self.model_path),
+            journal=self.journal,
             orphan_timeout_s=self.orphan_timeout_s,
         )
 

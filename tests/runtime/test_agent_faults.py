@@ -48,6 +48,48 @@ def test_a_new_coordinator_adopts_the_streams(play: Play, folder: Path) -> None:
     play(scenario)
 
 
+@pytest.mark.parametrize("change", ["journal", "deterministic", "linear"])
+def test_a_coordinator_of_another_service_is_left(play: Play, change: str) -> None:
+    """Tests that a worker ends when the next coordinator has another journal, or computes otherwise."""
+
+    async def scenario(cluster: Cluster) -> None:
+        await cluster.launch(1)
+        await cluster.place(1, 1, ["i0"])
+        await cluster.stop()
+        assert "first" == cluster.journal
+        cluster.term = 2
+        if change == "journal":
+            cluster.journal = "second"
+        else:
+            other = {"deterministic": False} if change == "deterministic" else {"linear": "prepacked"}
+            cluster.spec = cluster.spec.model_copy(update=other)
+        await cluster.start()
+        assert 1 == await cluster.exit_status(cluster.processes["i0"])
+        last = (cluster.log_dir / "i0.log").read_text()
+        assert ("another journal" if change == "journal" else "another model") in last
+
+    play(scenario)
+
+
+def test_a_worker_says_whose_it_is_and_follows_a_moved_model(play: Play) -> None:
+    """Tests that a worker tells the journal that it belongs to, and reads the folder that the last welcome named."""
+
+    async def scenario(cluster: Cluster) -> None:
+        folder, cluster.model_path = cluster.model_path, cluster.log_dir / "moved away"
+        await cluster.launch(1)
+        assert [None] == [register.journal for register in cluster.workers.values()]
+        await cluster.stop()
+        cluster.term, cluster.model_path = 2, folder
+        await cluster.start()
+        await cluster.until(lambda: cluster.workers)
+        assert ["first"] == [register.journal for register in cluster.workers.values()]
+        replica = await cluster.place(1, 1, ["i0"])
+        await cluster.admit(replica, "a", prompt_of(10, 8), max_tokens=8)
+        await cluster.finished("a")
+
+    play(scenario)
+
+
 def test_undurable_tokens_are_bounded(play: Play) -> None:
     """Tests that a leader stops 64 tokens past what the ledger reported durable."""
 

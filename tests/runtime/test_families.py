@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -27,6 +28,7 @@ from tests.runtime.models import LocalReplica, key_of
 NAMED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "opt", "gpt_neox", "gpt2")
 """The dense families that are promised; the others come for free and are tested by the slow grids."""
 DEGREES = [(1, 1), (2, 1), (1, 3), (1, 2), (2, 3)]
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
 LENGTHS = (5, 16, 33, 47)
 """Prompts around the edges of KV blocks and windows."""
 
@@ -108,6 +110,30 @@ def test_float32_tokens_are_those_of_transformers(name: str, folders: Folders) -
     check_tokens(folders.of(name), DEGREES, 10)
 
 
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("llama", {"sliding_window": 512}),
+        ("gpt_neox", {"num_key_value_heads": 2}),
+        ("gemma3", {"attn_logit_softcapping": 0.5}),
+    ],
+)
+def test_entries_that_transformers_ignores_change_nothing(name: str, config: dict[str, Any], folders: Folders) -> None:
+    """Tests tokens of configs that have an entry of another family, and of one whose entry has no effect."""
+    check_tokens(folders.of(name, **config), [(2, 2)], 10)
+
+
+@pytest.mark.parametrize(("name", "stored"), [("qwen3", "lm_head.weight"), ("gpt_neox", "embed_out.weight")])
+def test_a_stored_head_is_used_though_the_config_ties_it(name: str, stored: str, tmp_path: Path) -> None:
+    """Tests tokens of a checkpoint whose head is another than its embedding, against its config."""
+    folder = FAMILIES[name](tmp_path / "m", tie_word_embeddings=True)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    [embedding] = (tensor for key, tensor in tensors.items() if "embed_tokens" in key or "embed_in" in key)
+    save_file(tensors | {stored: embedding.flip(0).contiguous()}, file, metadata={"format": "pt"})
+    check_tokens(folder, [(2, 2)], 10)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_float32_tokens_of_every_family(name: str, folders: Folders) -> None:
@@ -163,6 +189,11 @@ def check_bits(folder: Path, dtype: str, degrees: Sequence[tuple[int, int, int]]
 def test_bfloat16_bits_depend_on_nothing_else(name: str, folders: Folders) -> None:
     """Tests logits for cuts, chunks and recompute against one rank that prefilled at once."""
     check_bits(folders.of(name), "bfloat16", [(1, 1, 7), (2, 3, 16)])
+
+
+def test_float16_bits_depend_on_nothing_else(folders: Folders) -> None:
+    """Tests the third type that is served."""
+    check_bits(folders.of("llama"), "float16", [(1, 1, 7), (2, 3, 16)])
 
 
 @pytest.mark.slow
@@ -317,6 +348,12 @@ def test_transposed_weights_are_read_by_rows_and_columns(folders: Folders) -> No
         ("gemma3", {"layer_types": ["chunked_attention"] + ["full_attention"] * 4}, "chunked_attention|not accepted"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gemma3", {"sliding_window": None}, "sliding_window"),
+        ("mistral", {"sliding_window": 0}, "sliding_window 0 is not a whole number"),
+        ("phi3", {"sliding_window": False}, "sliding_window"),
+        ("llama", {"sliding_window": 511}, "has sliding_window 511, which a llama model does not know"),
+        ("llama", {"attention_chunk_size": 8}, "has attention_chunk_size 8, which a llama model"),
+        ("llama", {"rope_parameters": {"full_attention": ROPE}}, "rope_parameters by layer type, and a llama model"),
+        ("llama", {"rope_parameters": {"full_attention": ROPE, "rope_theta": 1e4}}, "rope_parameters"),
         ("mistral", {"layer_types": ["full_attention"] * 4}, "model_type ministral is not that of"),
         ("phi3", {"layer_types": ["full_attention"] * 4}, "has layer_types, which"),
         ("opt", {"word_embed_proj_dim": 64}, "project_|shape"),
@@ -352,6 +389,15 @@ def test_an_attention_option_that_is_not_known_is_refused(folders: Folders) -> N
     attention.forward = lambda *args, **given: forward(*args, s_aux=torch.zeros(8), **given)
     with pytest.raises(InvariantError, match="s_aux"):
         replica.prefill(key_of(0), [1, 2, 3], chunk=8)
+
+
+def test_a_window_that_no_layer_has_is_no_exact_model(folders: Folders) -> None:
+    """Tests why it is refused: transformers generates other tokens with its KV cache than without."""
+    model = reference_model(folders.of("llama", sliding_window=4))
+    ids = torch.tensor([prompts()[2]])
+    options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    cached, recomputed = (model.generate(ids, use_cache=each, **options) for each in (True, False))
+    assert not torch.equal(cached, recomputed)
 
 
 def test_windows_by_layer(folders: Folders) -> None:

@@ -20,7 +20,7 @@ from spotserve.runtime import leader as leader_module
 from spotserve.runtime.kv_migration import Rectangle
 from spotserve.runtime.model_table import describe_model
 from spotserve.runtime.sampler import token_logprobs
-from spotserve.runtime.stage_model import BatchSequence, StageBatch
+from spotserve.runtime.stage_model import BatchSequence, StageBatch, StageModel
 from tests.runtime.models import LocalReplica, key_of, write_llama
 from tests.runtime.test_replica_loop import TIMEOUT_S, Replica, result, running
 
@@ -407,3 +407,30 @@ def test_logprobs_are_said_again_until_they_are_durable(folder: Path, model: Mod
             list(rest.logprobs),
             rest.prompt_logprobs,
         )
+
+
+@pytest.mark.parametrize("degrees", [(1, 1), (2, 1)])
+def test_a_choice_without_finite_logits_ends_alone(
+    folder: Path, model: ModelSpec, monkeypatch: pytest.MonkeyPatch, degrees: tuple[int, int]
+) -> None:
+    """Tests that a choice whose logits overflow ends with an error, and neither the replica nor its neighbour does."""
+    full_logits, num_calls = StageModel.full_logits, 0
+
+    def overflowing(self: StageModel, local: torch.Tensor) -> torch.Tensor:
+        nonlocal num_calls
+        logits = full_logits(self, local).clone()
+        num_calls += 1
+        if num_calls == 20:
+            logits[0] = float("nan")
+        return logits
+
+    monkeypatch.setattr(StageModel, "full_logits", overflowing)
+    pipeline, tensor = degrees
+    with running(Replica(folder, model, pipeline=pipeline, tensor=tensor)) as replica:
+        result(replica.leader.admit([content("a"), content("b", arrival_index=1)]))
+        finished(replica, "a")
+        finished(replica, "b")
+        reasons = {name: next(run.finish_reason for run in replica.runs(name)[::-1]) for name in "ab"}
+        assert {"error", "length"} == set(reasons.values())
+        failed = next(name for name in "ab" if reasons[name] == "error")
+        assert sum(len(run.token_ids) for run in replica.runs(failed)) < NUM_TOKENS

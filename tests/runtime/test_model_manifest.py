@@ -93,6 +93,12 @@ def test_a_checksum_file_is_held_to(folder: Path) -> None:
         resolve(folder)
 
 
+def test_a_link_to_itself_beside_the_model_is_nothing(folder: Path) -> None:
+    """Tests that a broken link that nothing is served from does not stop a start."""
+    (folder / "notes").symlink_to("notes")
+    assert resolve(folder)[0].files
+
+
 def test_a_file_that_changes_while_it_is_read_is_refused(folder: Path) -> None:
     """Tests that a download that is still under way is not taken for a model."""
     path = folder / WEIGHTS

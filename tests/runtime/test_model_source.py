@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,8 +19,8 @@ from spotserve.app import BUILTIN_MODEL
 from spotserve.core.ports import StartStage
 from spotserve.errors import HubError, ModelError, SpotServeError
 from spotserve.runtime.checkpoint_header import validate_checkpoint
-from spotserve.runtime.model_manifest import resolve_manifest
-from spotserve.runtime.model_source import HUB_ID, resolve_model
+from spotserve.runtime.model_manifest import expectations, resolve_manifest
+from spotserve.runtime.model_source import HUB_ID, TOKEN_VARIABLES, resolve_model, without_secrets
 from tests.e2e.daemon import SPOTSERVE
 from tests.runtime.hub import Hub, serving_hub
 
@@ -90,6 +92,67 @@ def test_a_folder_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         resolve_model("file", Told())
     with pytest.raises(ModelError, match=r"MODEL \.\./org/x is not a folder"):
         resolve_model("../org/x", Told())
+
+
+@pytest.mark.parametrize("model", ["a" * 300, "./" + "a" * 300, "\udcff", "x" * 5000])
+def test_a_name_that_no_folder_can_have_is_refused(model: str) -> None:
+    """Tests that a name that is too long for the file system, or is no text, is one clear line."""
+    refused(model, ModelError)
+
+
+def test_a_folder_whose_path_is_no_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that it is refused, however it is named, before anything of it has to be sent or logged."""
+    folder = tmp_path / os.fsdecode(b"m\xff")
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for model in (str(folder), "."):
+        assert r"m\udcff' is no UTF-8 text" in refused(model, ModelError).message
+
+
+def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
+    """Tests that a folder below one that may not be entered, and one that may not be listed, are named."""
+    (tmp_path / "parent" / "model").mkdir(parents=True)
+    (tmp_path / "parent").chmod(0)
+    with unprivileged():
+        error = refused(str(tmp_path / "parent" / "model"), ModelError)
+        assert f"MODEL {tmp_path / 'parent' / 'model'} cannot be read: Permission denied" == error.message
+        with pytest.raises(ModelError, match="parent cannot be listed: Permission denied"):
+            expectations(tmp_path / "parent")
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Permissions count for the superuser too."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_what_is_printed_there_is_no_answer(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that a download goes on when anything in its process, here before our first line, prints to stdout."""
+    hub.add("org/tiny", BUILTIN_MODEL)
+    (tmp_path / "sitecustomize.py").write_text("print('a word of the client')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert resolve_model("org/tiny", Told()).folder.is_dir()
+
+
+@pytest.mark.parametrize(("variable", "value"), [("HF_HUB_ETAG_TIMEOUT", "abc"), ("PYTHONPATH", "")])
+def test_a_client_that_does_not_start_is_one_line(
+    hub: Hub, variable: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tests that the last word of a process that ended without an answer is told, and no secret in it."""
+    hub.add("org/tiny", BUILTIN_MODEL)
+    code = f"import os, sys; print('asked http://u:{TOKEN}@hub', file=sys.stderr); sys.stderr.flush(); os._exit(3)"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    monkeypatch.setenv(variable, value or str(tmp_path))
+    with pytest.raises(SpotServeError, match=r"the download of org/tiny ended with [13]: (ValueError|asked)") as caught:
+        resolve_model("org/tiny", Told())
+    assert "\n" not in caught.value.message
+    assert TOKEN not in caught.value.message
 
 
 def test_a_hub_id_is_downloaded_once(hub: Hub, tmp_path: Path) -> None:
@@ -170,6 +233,30 @@ def test_a_token_opens_and_is_not_told(hub: Hub, monkeypatch: pytest.MonkeyPatch
     refused("org/private", ModelError)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert resolve_model("org/private", Told()).folder.is_dir()
+
+
+def test_the_password_of_a_hub_is_not_told(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that what cannot be had names the hub that was asked without the password in its address."""
+    hub.add("org/gated", BUILTIN_MODEL, is_gated=True)
+    monkeypatch.setenv("HF_ENDPOINT", hub.url.replace("://", "://user:pass@word@"))
+    for model in ("org/none", "org/gated"):
+        error = refused(model, ModelError)
+        assert hub.url in error.message + str(error.hint)
+        assert "user" not in error.message + str(error.hint)
+    monkeypatch.setenv("HF_ENDPOINT", "http://user:password@127.0.0.1:9")
+    assert "http://127.0.0.1:9 cannot be reached" in refused("org/none", HubError).message
+
+
+def test_secrets_are_cut_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests each place that a token or a password may stand in, and that nothing else is touched."""
+    for variable in TOKEN_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    plain = "org/name@main of https://hub/org@x and mail@here"
+    assert plain == without_secrets(plain)
+    assert "a http://hub/x, https://h" == without_secrets("a http://user:pass@word@hub/x, https://token@h")
+    monkeypatch.setenv(TOKEN_VARIABLES[0], TOKEN)
+    monkeypatch.setenv(TOKEN_VARIABLES[1], "other")
+    assert "<hidden> and <hidden>" == without_secrets(f"{TOKEN} and other")
 
 
 def test_a_corrupt_download_is_found(hub: Hub, tmp_path: Path) -> None:

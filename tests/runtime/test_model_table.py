@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spotserve.core.slices import max_tensor_degree, shard_bytes, stage_shard
 from spotserve.core.spec import ModelSpec
 from spotserve.errors import ModelError
-from spotserve.runtime.model_table import describe_model
+from spotserve.runtime.model_table import describe_model, load_config
 from tests.runtime.models import write_llama
 
 
@@ -85,6 +86,35 @@ def test_dtype_is_the_checkpoint_s_unless_told(tmp_path: Path) -> None:
         describe_model(folder, "int4")
 
 
+@pytest.mark.parametrize(("dtype", "stored"), [(torch.int8, "I8"), (torch.bool, "BOOL"), (torch.int64, "I64")])
+def test_weights_that_are_no_floats_are_refused(folder: Path, tmp_path: Path, dtype: torch.dtype, stored: str) -> None:
+    """Tests that a quantized weight is named and not served as if its integers were the weights."""
+    name = "model.layers.1.self_attn.q_proj.weight"
+    damaged = with_stored(folder, tmp_path / "m", {name: dtype})
+    message = f"{damaged / 'model.safetensors'}: {name} is stored as {stored}, known: F64, F32, F16, BF16"
+    for chosen in (None, "float32"):
+        with pytest.raises(ModelError) as caught:
+            describe_model(damaged, chosen)
+        assert message == caught.value.message
+
+
+def test_double_precision_is_served_as_something_else_only(folder: Path, tmp_path: Path) -> None:
+    """Tests that the refusal names the stored dtype and the option, and that the option is taken."""
+    double = with_stored(folder, tmp_path / "m", dict.fromkeys(load_file(folder / "model.safetensors"), torch.float64))
+    with pytest.raises(ModelError, match=r"model\.embed_tokens\.weight is stored as F64, which is not") as caught:
+        describe_model(double)
+    assert caught.value.hint is not None
+    assert "--dtype" in caught.value.hint
+    assert "float32" == describe_model(double, "float32").dtype
+
+
+def with_stored(folder: Path, into: Path, dtypes: dict[str, torch.dtype]) -> Path:
+    """A copy of `folder` that stores some tensors in other dtypes."""
+    weights = load_file(changed(folder, into) / "model.safetensors")
+    save_file(weights | {name: weights[name].to(dtype) for name, dtype in dtypes.items()}, into / "model.safetensors")
+    return into
+
+
 def test_the_digest_follows_config_and_headers(folder: Path, tmp_path: Path) -> None:
     """Tests that the digest is stable and changes with the config."""
     assert describe_model(folder).digest == describe_model(folder).digest
@@ -99,7 +129,12 @@ def test_the_digest_follows_config_and_headers(folder: Path, tmp_path: Path) -> 
         ({"dtype": [1]}, "is not accepted by transformers: "),
         ({"architectures": ["FalconForCausalLM"]}, "FalconForCausalLM is not supported"),
         ({"architectures": None}, "names no single architecture"),
-        ({"auto_map": {"AutoConfig": "code.Config"}}, "auto_map"),
+        (
+            {"architectures": ["OwnForCausalLM"], "auto_map": {"AutoConfig": "code.Config"}},
+            "architecture OwnForCausalLM is not supported",
+        ),
+        ({"model_type": "own", "auto_map": {"AutoConfig": "code.Config"}}, "not accepted by transformers"),
+        ({"model_type": "gpt2", "auto_map": {"AutoConfig": "code.Config"}}, "model_type gpt2 is not that of"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"vocab_size": 501}, "has shape \\(500, 64\\), config.json says \\(501, 64\\)"),
         ({"model_type": "gpt2"}, "model_type gpt2 is not that of LlamaForCausalLM"),
@@ -117,6 +152,35 @@ def test_what_is_not_served_is_refused(folder: Path, tmp_path: Path, config: dic
     with pytest.raises(ModelError, match=message) as caught:
         describe_model(changed(folder, tmp_path / "m", **config))
     assert "\n" not in caught.value.message
+
+
+def test_code_beside_the_config_is_never_run(folder: Path, tmp_path: Path) -> None:
+    """Tests that an auto_map is no reason to refuse a known architecture, and its file is not imported."""
+    classes = {"AutoConfig": "own.LlamaConfig", "AutoModelForCausalLM": "own.LlamaForCausalLM"}
+    other = changed(folder, tmp_path / "m", auto_map=classes)
+    (other / "own.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w').close()\nfrom transformers import *\n")
+    assert describe_model(other).parameters == describe_model(folder).parameters
+    assert type(load_config(other)) is LlamaConfig
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("entry", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("value", ["flash_attention_2", "kernels-community/flash-attn", {"": "flash_attention_3"}])
+def test_the_attention_that_a_config_names_is_not_loaded(folder: Path, tmp_path: Path, entry: str, value: Any) -> None:
+    """Tests that such a config gives the same table: attention is ours."""
+    other = changed(folder, tmp_path / "m", **{entry: value})
+    assert describe_model(other).parameters == describe_model(folder).parameters
+
+
+def test_a_missing_package_is_a_model_that_is_not_served(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that transformers asking for a package that is not installed is one clear line."""
+
+    def build(*_: Any) -> None:
+        raise ImportError("needs the package\nnone")
+
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", build)
+    with pytest.raises(ModelError, match="builds no LlamaForCausalLM of it: needs the package none"):
+        describe_model(folder)
 
 
 def test_a_folder_without_config_or_with_pickles_only(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from spotserve.core.wire import (
     Tokens,
     WorkerMessage,
 )
+from spotserve.runtime.descriptor import Admitted, Run, encode
 from spotserve.runtime.holdings import Holdings, Position
 from spotserve.runtime.kv_migration import Rectangle
 from spotserve.runtime.leader import Leader, ReplicaEndedError
@@ -307,6 +308,19 @@ def test_a_lost_rank_is_reported_once_by_each_survivor(folder: Path, model: Mode
         assert [False, False, True] == [loop.broken is None for loop in replica.loops]
         assert replica.positions[0].kv.kv_tokens(SequenceKey("a", 0, 0)) > 25
         assert 2 == len([message for message in replica.said if isinstance(message, ReplicaBroken)])
+
+
+def test_a_break_quotes_no_client(folder: Path, model: ModelSpec, capfd: pytest.CaptureFixture[str]) -> None:
+    """Tests that parameters a follower refuses are told by their place: neither the journal nor the log quotes them."""
+    biased = Admitted(key_of(0), SamplingParameters(seed=1, max_tokens=9, logit_bias=((4711, 31.5),)))
+    payload = encode(Run(1, (), (biased,), ())).replace(b"31.5", b'"of a client"')
+    with running(Replica(folder, model, pipeline=2, tensor=1)) as replica:
+        follower = replica.loops[1]
+        replica.leader._mesh.send_control(1, payload)
+        with replica.changed:
+            assert replica.changed.wait_for(lambda: follower.report() in replica.said, TIMEOUT_S)
+    assert "ValidationError: logit_bias.0.1: float_parsing" == follower.broken
+    assert "of a client" not in "".join(capfd.readouterr())
 
 
 def test_serving_goes_before_moving_in(folder: Path, model: ModelSpec, expected: list[int]) -> None:

@@ -18,6 +18,7 @@ from spotserve.errors import InvariantError
 from spotserve.runtime.descriptor import Admitted, Run, RunItem, Sampled, decode, encode
 from spotserve.runtime.sampler import (
     LEAST_LOGPROB,
+    NO_TOKEN,
     Draw,
     History,
     change_logits,
@@ -38,6 +39,36 @@ def test_greedy_takes_the_first_of_equal_maxima() -> None:
     """Tests that temperature 0 is the argmax, ties going to the lowest token."""
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0]])
     assert sample(logits, [draw(temperature=0.0)]) == [1]
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-300, 5e-324])
+@pytest.mark.parametrize("changes", [{}, {"top_p": 0.9}, {"top_k": 5}])
+def test_the_least_temperatures_are_greedy(temperature: float, changes: dict[str, float]) -> None:
+    """Tests that a temperature whose division overflows gives the likeliest token, not the last one or an error."""
+    logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(4)) * 3
+    draws = [draw(each, temperature=temperature, **changes) for each in range(3)]
+    assert logits.argmax(-1).tolist() == sample(logits, draws)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("changes", [{}, {"top_p": 0.9}, {"top_k": 5}])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_without_a_finite_maximum_give_no_token(
+    temperature: float, changes: dict[str, float], bad: float
+) -> None:
+    """Tests that a row that overflowed says so, and that a row beside it and one with impossible tokens do not."""
+    logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(4))
+    logits[1, 7], logits[2, 7] = bad, -math.inf
+    draws = [draw(each, temperature=temperature, **changes) for each in range(3)]
+    first, second, third = sample(logits, draws)
+    assert NO_TOKEN == second
+    assert (first, third) == (sample(logits[:1], draws[:1])[0], sample(logits[2:], draws[2:])[0])
+    assert NO_TOKEN not in (first, third)
+    everything = [replace(draws[0], parameters=draws[0].parameters.model_copy(update=ALL_MASKED))]
+    assert [NO_TOKEN] == sample(logits[:1], everything)
+
+
+ALL_MASKED: dict[str, Any] = {"min_tokens": 1, "max_tokens": 2, "stop_token_ids": tuple(range(300))}
 
 
 def test_a_draw_does_not_depend_on_its_batch() -> None:

@@ -100,7 +100,7 @@ def greet(register: Register) -> Welcome | Refused:
     """The test's answer to a registration."""
     if register.incarnation == "unwanted":
         return Refused(term=3, reason="unwanted")
-    return Welcome(term=3, spec=small_spec(), model_path="/nowhere", orphan_timeout_s=3.0)
+    return Welcome(term=3, spec=small_spec(), model_path="/nowhere", journal="j", orphan_timeout_s=3.0)
 
 
 def play(scenario: Callable[[Switchboard], Awaitable[None]]) -> None:

@@ -100,6 +100,18 @@ def test_logprobs_survive_a_restart_to_the_bit(scored: Ledger, open_ledger: Call
     assert ((), ()) == (again.content(B).choices[0].logprobs, again.content(B).choices[0].prompt_logprobs)
 
 
+def test_a_view_checks_nothing_again(scored: Ledger) -> None:
+    """Tests that a view shows the very logprobs that were appended, and that it can do without them."""
+    made = scores(9, 3)
+    scored.append(R1, 1, [scored_run(0, (1, 2, 3), made, prompt_logprobs=PROMPT)]).result(TIMEOUT_S)
+    (first,), (second,) = scored.content(A).choices, scored.content(A).choices
+    # A validated copy would be equal, and made of other objects.
+    assert [True] * 3 == [one is other for one, other in zip(first.logprobs, second.logprobs, strict=True)]
+    assert made == first.logprobs
+    (bare,) = scored.content(A, with_logprobs=False).choices
+    assert first.model_copy(update={"logprobs": (), "prompt_logprobs": ()}) == bare
+
+
 def test_the_wire_keeps_every_bit() -> None:
     """Tests that a thousand floats come back from the JSON of a message as they were."""
     made = scores(4, 1000)

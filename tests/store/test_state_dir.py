@@ -185,6 +185,18 @@ def test_another_model_after_a_clean_stop_gets_no_old_content(path: Path) -> Non
             assert (False, False) == (found.continued, new_request("a").request in ledger)
 
 
+def test_fresh_destroys_nothing_before_the_journal_is_opened(path: Path) -> None:
+    """Tests that a start with --fresh that is refused leaves journal and content to the next one without."""
+    leave(path, entries=3, clean=False)
+    StateDir(path, fresh=True).close()
+    with StateDir(path) as state_dir:
+        found = opened(state_dir)
+        with closing(found.journal), closing_ledger(state_dir) as ledger:
+            assert (True, 4) == (found.continued, found.journal.next_sequence)
+            assert [] == state_dir.archived_journals()
+            assert new_request("a").request in ledger
+
+
 @pytest.mark.parametrize("damaged", [False, True])
 def test_fresh_archives_the_journal_and_deletes_the_content(path: Path, damaged: bool) -> None:
     """Tests that --fresh begins anew over an open journal of another model, and over one that cannot be read."""

@@ -1,0 +1,89 @@
+"""The world's looks at the ledger's content, over a real ledger."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from spotserve.core import commands as cmd
+from spotserve.core import events as ev
+from spotserve.core.ids import ReplicaId, RequestId
+from spotserve.core.ports import NewRequest
+from spotserve.core.sampling import RankedToken, SamplingParameters, TokenLogprobs
+from spotserve.core.wire import TokenRun
+from spotserve.runtime.live_world import LiveWorld
+from spotserve.store import content as stored_content
+from spotserve.store.ledger import Ledger, Owner, StoredRequest
+
+R1 = ReplicaId("r1")
+A = RequestId("a")
+TIMEOUT_S = 30.0
+LOGPROBS = (TokenLogprobs(-0.5, (RankedToken(7, -0.5),)), TokenLogprobs(-1.5, (RankedToken(8, -0.25),)))
+
+
+class WatchedLedger(Ledger):
+    """A ledger that notes every content it gave."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.given: list[StoredRequest] = []
+
+    def content(self, request: RequestId, *, with_logprobs: bool = True) -> StoredRequest:
+        """As the ledger's, noted."""
+        stored = super().content(request, with_logprobs=with_logprobs)
+        self.given.append(stored)
+        return stored
+
+
+def world_over(ledger: Ledger, state: Any) -> LiveWorld:
+    """A world that has nothing but a ledger and a state."""
+    absent: Any = None
+    return LiveWorld(
+        absent,
+        switchboard=absent,
+        cloud=absent,
+        planner=absent,
+        ledger=ledger,
+        term=1,
+        began_s=0.0,
+        state=lambda: state,
+        owner=Owner,
+    )
+
+
+def test_the_world_never_looks_at_logprobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that admissions, migrations, restarts and ends read tokens alone, in memory as on the disk."""
+    unpacked: list[bytes] = []
+    monkeypatch.setattr(stored_content, "_unpacked_logprobs", lambda blob: unpacked.append(blob) or LOGPROBS)
+    ledger = WatchedLedger(tmp_path / "ledger.db")
+    sampling = SamplingParameters(seed=1, max_tokens=9, logprobs=1)
+    ledger.accept([NewRequest(request=A, prompt_ids=(1, 2), num_choices=1, sampling=sampling)])
+    ledger.set_owner(A, R1, 1).result(TIMEOUT_S)
+    run = TokenRun(request=A, choice=0, position=0, token_ids=(7, 8), logprobs=LOGPROBS)
+    ledger.append(R1, 1, [run]).result(TIMEOUT_S)
+    record = SimpleNamespace(id=A, replica=None, had_token=True, arrival_index=3)
+    state = SimpleNamespace(requests={A: record}, replicas={})
+
+    async def scenario() -> list[ev.Event]:
+        world = world_over(ledger, state)
+        (content,) = world.contents([cmd.Admission(request=A, kv_generation=1)])
+        assert (7, 8) == content.choices[0].token_ids
+        assert 2 == world._standing(A, 0)
+        assert [True, False] == [world._known(name) for name in (A, RequestId("b"))]
+        await world._adopt_requests(state)
+        world.submit("end", cmd.EndRequest(request=A, replica=None, generation=0, outcome="cancelled"))
+        events = list(await world.next_events())
+        assert A not in ledger._live, "what follows is not read from the disk"
+        await world._adopt_requests(state)
+        return [*events, *await world.next_events()]
+
+    ended = asyncio.run(asyncio.wait_for(scenario(), TIMEOUT_S))
+    assert [("cancelled", (2,))] * 2 == [(event.outcome, event.tokens) for event in ended]
+    assert ([()] * len(ledger.given), []) == ([stored.choices[0].logprobs for stored in ledger.given], unpacked)
+    assert 5 <= len(ledger.given)
+    assert LOGPROBS == ledger.content(A).choices[0].logprobs
+    ledger.shutdown()
