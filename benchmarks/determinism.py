@@ -33,8 +33,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.determinism_report import render
-from benchmarks.preemption import circumstances
 from benchmarks.random_llama import ModelShape, random_llama
+from benchmarks.results_file import circumstances, say, write_results
 from spotserve.core.batching import DEFAULT_TOKEN_BUDGET, SequenceKey
 from spotserve.core.ids import RequestId
 from spotserve.core.slices import Shard, kv_head_range, shard_slices, stage_shard
@@ -149,12 +149,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--render", type=Path, help="only write the markdown of a results file again")
     options = parser.parse_args(arguments)
     if options.render is not None:
-        _write(options.render.with_suffix(""), json.loads(options.render.read_text(encoding="utf-8")))
+        write_results(options.render.with_suffix(""), json.loads(options.render.read_text(encoding="utf-8")), render)
         return 0
     torch.set_num_threads(1)
     options.work_dir.mkdir(parents=True, exist_ok=True)
-    _write(options.out, measure(options))
-    _say(f"written: {options.out}.md, {options.out}.json")
+    write_results(options.out, measure(options), render)
+    say(f"written: {options.out}.md, {options.out}.json")
     return 0
 
 
@@ -167,7 +167,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     for dtype in options.dtypes.split(","):
         bench = load(folder, dtype)
         for linear in options.linears.split(","):
-            _say(f"{dtype} {linear}")
+            say(f"{dtype} {linear}")
             stages = {variant: bench.stage(variant, linear) for variant in options.variants.split(",")}
             for scenario, rounds in _scenarios(bench, stages, options.rounds, options.steps, options.seed):
                 cells.append({"dtype": dtype, "linear": linear, **scenario, "rounds": rounds})
@@ -242,16 +242,6 @@ def _time(variant: str, stage: StageModel, batches: Sequence[StageBatch]) -> flo
         for batch in batches:
             stage.forward(batch)
         return time.thread_time() - began_s
-
-
-def _write(out: Path, results: Mapping[str, Any]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    out.with_suffix(".md").write_text(render(json.loads(json.dumps(results))), encoding="utf-8")
-
-
-def _say(text: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

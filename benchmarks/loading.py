@@ -17,13 +17,11 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import mmap
 import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,8 +31,9 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.daemon import Daemon, running
-from benchmarks.preemption import Setting, circumstances
+from benchmarks.preemption import Setting
 from benchmarks.random_llama import ModelShape, random_llama
+from benchmarks.results_file import circumstances, say, write_results
 from benchmarks.timeline import LOAD_STEPS, WEIGHT_STEPS, PlanRunSpan, timeline_of
 from spotserve.core.controller import Entry
 from spotserve.core.plan import Activate
@@ -80,10 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for fill in measure(setting, link, rotated(round_number), f"loading-{link}-{round_number}"):
                 results["fills"].append({"round": round_number, "link": link, **fill})
     results["circumstances"]["load_average_after"] = os.getloadavg()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(results, indent=1, sort_keys=True) + "\n"
-    options.out.with_suffix(".json").write_text(text, encoding="utf-8")
-    options.out.with_suffix(".md").write_text(render(json.loads(text)), encoding="utf-8")
+    write_results(options.out, results, render)
     say(f"written: {options.out}.md, {options.out}.json")
     return 0
 
@@ -258,11 +254,6 @@ def spread(values: Sequence[float], unit: str, *, digits: int = 2) -> str:
     """`0.52 s (0.48 to 0.61)`."""
     low, middle, high = min(values), statistics.median(values), max(values)
     return f"{middle:.{digits}f}{unit} ({low:.{digits}f} to {high:.{digits}f})"
-
-
-def say(text: str) -> None:
-    """Progress, on stderr."""
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,7 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +26,6 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import psutil
 
 from benchmarks.ceiling import measure_ceiling
 from benchmarks.clients import ClientStream, send_all
@@ -36,6 +33,7 @@ from benchmarks.daemon import running
 from benchmarks.measures import run_measures
 from benchmarks.random_llama import ModelShape, random_llama
 from benchmarks.report import render
+from benchmarks.results_file import circumstances, say, write_results
 from benchmarks.timeline import WEIGHT_STEPS, Timeline, clock_offset_s, read_timeline
 from benchmarks.workload import Arrival, WorkloadShape, draw_arrivals
 
@@ -110,13 +108,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--render", type=Path, help="only write the markdown of a results file again")
     options = parser.parse_args(arguments)
     if options.render is not None:
-        _write(options.render.with_suffix(""), json.loads(options.render.read_text(encoding="utf-8")))
+        write_results(options.render.with_suffix(""), json.loads(options.render.read_text(encoding="utf-8")), render)
         return 0
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
     options.work_dir.mkdir(parents=True, exist_ok=True)
     results = measure(options)
-    _write(options.out, results)
-    _say(f"written: {options.out}.md, {options.out}.json")
+    write_results(options.out, results, render)
+    say(f"written: {options.out}.md, {options.out}.json")
     return 0
 
 
@@ -128,7 +126,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     arrivals = draw_arrivals(workload)
     results: dict[str, Any] = {
         "format_version": "0.1",
-        "circumstances": circumstances(),
+        "circumstances": circumstances("benchmarks.preemption"),
         "model": asdict(shape),
         "workload": {**asdict(workload), "requests": len(arrivals)},
         "trace": TRACE,
@@ -137,17 +135,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "runs": [],
         "copies": [],
     }
-    _say(f"{len(arrivals)} requests; the undisturbed reference of each first")
+    say(f"{len(arrivals)} requests; the undisturbed reference of each first")
     references = measure_references(setting, arrivals)
     policies = options.policies.split(",")
     for link, round_number, policy in schedule(options.links.split(","), options.rounds, policies):
         name = f"{policy}-{link}-{round_number}"
-        _say(name)
+        say(name)
         run = measure_run(setting, policy, _rate_of(link), name, arrivals, references)
         results["runs"].append({"policy": policy, "link": link, "round": round_number, **run})
         (setting.folder / "unfinished.json").write_text(json.dumps(results), encoding="utf-8")
     for round_number in range(options.rounds):
-        _say(f"copies with decoding idle, round {round_number}")
+        say(f"copies with decoding idle, round {round_number}")
         results["copies"] += measure_copies(setting, round_number)
     results["circumstances"]["load_average_after"] = os.getloadavg()
     return results
@@ -255,53 +253,11 @@ def _num_ready(status: Mapping[str, Any]) -> int:
     return sum(instance["state"] == "ready" for instance in status["instances"])
 
 
-def circumstances(module: str = "benchmarks.preemption") -> dict[str, Any]:
-    """What the numbers of a benchmark depend on beside the code."""
-    import torch
-
-    return {
-        "command": " ".join([f"python -m {module}", *sys.argv[1:]]),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_files": len(_git("status", "--porcelain", "--", "spotserve", "benchmarks/*.py").splitlines()),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "load_average_before": os.getloadavg(),
-    }
-
-
-def _git(*args: str) -> str:
-    done = subprocess.run(["git", *args], cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip()
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def _rate_of(link: str) -> float | None:
     """`64MB` -> bytes per second."""
     if link == "uncapped":
         return None
     return float(link.removesuffix("MB")) * 1e6
-
-
-def _write(out: Path, results: Mapping[str, Any]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    out.with_suffix(".md").write_text(render(json.loads(json.dumps(results))), encoding="utf-8")
-
-
-def _say(text: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
-
 from spotserve.core.canonical import canonical_json
 from spotserve.core.spec import LatencyPoint, LinearKind, Profile
 from spotserve.runtime.profiles import cache_name, write_whole
 from tests.runtime.models import write_llama
+from tests.transformers_reference import greedy_tokens, reference_model
 
 VOCAB_SIZE = 512
 NUM_TOKENS = 200
@@ -43,18 +41,8 @@ def prompts(seed: int = 0) -> tuple[tuple[int, ...], ...]:
 
 def generated(folder: Path, prompt_ids: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
     """Greedy tokens of each prompt by `transformers`, one prompt at a time, in float32."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model.eval()
-    # What a configuration leaves open is taken from the model's, and that one stops at its EOS.
-    model.generation_config.eos_token_id = None
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=num_tokens, eos_token_id=None, pad_token_id=0)
-    tokens = []
-    for ids in prompt_ids:
-        given = torch.tensor([list(ids)])
-        with torch.no_grad():
-            out = model.generate(given, attention_mask=torch.ones_like(given), generation_config=greedy)
-        tokens.append(out[0, len(ids) :].tolist())
-    return tokens
+    model = reference_model(folder)
+    return [greedy_tokens(model, ids, num_tokens) for ids in prompt_ids]
 
 
 def shortest_period(tokens: Sequence[int]) -> int:

@@ -14,8 +14,8 @@ import pytest
 from tests.e2e.daemon import running
 from tests.e2e.models import write_profile
 from tests.e2e.scene import PACED, rarely
-from tests.matrix.references import generated, transformers_model
 from tests.runtime.families import FAMILIES
+from tests.transformers_reference import greedy_tokens, reference_model
 
 pytestmark = pytest.mark.e2e
 
@@ -43,8 +43,8 @@ def test_tokens_survive_a_notice_and_a_kill(tmp_path: Path, daemon_environment: 
     folder = FAMILIES[family](tmp_path / "model")
     rng = random.Random(0)
     prompts = [[rng.randrange(8, VOCAB_SIZE) for _ in range(length)] for length in PROMPT_LENGTHS]
-    module = transformers_model(folder)
-    expected = [generated(module, ids, NUM_TOKENS) for ids in prompts]
+    module = reference_model(folder)
+    expected = [greedy_tokens(module, ids, NUM_TOKENS) for ids in prompts]
     env = {**daemon_environment, **PACED, "SPOTSERVE_PROFILE_CACHE": str(tmp_path / "profiles")}
     write_profile(folder, tmp_path / "profiles")
     data, pipeline, tensor = degrees_of(family)

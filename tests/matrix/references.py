@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from spotserve.core.sampling import SamplingParameters
 from spotserve.runtime.profiles import write_whole
@@ -25,6 +24,7 @@ from spotserve.runtime.sampler import Draw, sample
 from tests.e2e.models import LEAST_DISTINCT_TOKENS, LEAST_PERIOD, shortest_period
 from tests.runtime.families import FAMILIES
 from tests.runtime.models import LocalReplica, key_of
+from tests.transformers_reference import greedy_tokens_with_lead, reference_model
 
 VOCAB_SIZE = 16_384
 """So that embedding and head, not the layers, make a stage's weights: their copy lasts over a capped link."""
@@ -80,7 +80,7 @@ def subject(family: str, folder: Path, *, seed: int) -> Subject:
 
 def _made(family: str, model: Path, seed: int) -> dict[str, Any]:
     FAMILIES[family](model, seed=seed, vocab_size=VOCAB_SIZE)
-    module = transformers_model(model)
+    module = reference_model(model)
     asked = [decided(module, length, NUM_TOKENS, f"{seed}:prompts") for length in PROMPT_LENGTHS]
     long = [decided(module, PREFILL_LENGTH, PREFILL_TOKENS, f"{seed}:long:{n}") for n in range(NUM_PREFILL_PROMPTS)]
     for ids, tokens in asked:
@@ -94,19 +94,6 @@ def _made(family: str, model: Path, seed: int) -> dict[str, Any]:
     }
 
 
-def transformers_model(folder: Path) -> Any:
-    """The model as `transformers` runs it in float32; plain attention where the family's is not what SDPA computes."""
-    config = AutoConfig.from_pretrained(folder)
-    text = config.get_text_config()
-    is_capped = getattr(text, "attn_logit_softcapping", None) is not None
-    attention = {"attn_implementation": "eager"} if is_capped else {}
-    module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **attention)
-    module.eval()
-    # What a generation configuration leaves open is taken from the model's, and that one stops at its EOS.
-    module.generation_config.eos_token_id = None
-    return module
-
-
 def decided(module: Any, length: int, num_tokens: int, seed: str) -> tuple[list[int], list[int]]:
     """A random prompt and its greedy tokens, none of which float32 rounding chose.
 
@@ -115,33 +102,10 @@ def decided(module: Any, length: int, num_tokens: int, seed: str) -> tuple[list[
     """
     for attempt in range(MAX_PROMPTS):
         (ids,) = prompts([length], f"{seed}:{length}:{attempt}")
-        tokens, least_lead = generated_with_lead(module, ids, num_tokens)
+        tokens, least_lead = greedy_tokens_with_lead(module, ids, num_tokens)
         if least_lead >= LEAST_LEAD:
             return ids, tokens
     raise AssertionError(f"{MAX_PROMPTS} prompts of {length} tokens have a tie among their logits")
-
-
-def generated(module: Any, ids: Sequence[int], num_tokens: int) -> list[int]:
-    """Greedy tokens by `generate`."""
-    return generated_with_lead(module, ids, num_tokens)[0]
-
-
-def generated_with_lead(module: Any, ids: Sequence[int], num_tokens: int) -> tuple[list[int], float]:
-    """Greedy tokens by `generate`, and the least lead that one's logit had over the second."""
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=num_tokens, eos_token_id=None, pad_token_id=0)
-    given = torch.tensor([list(ids)])
-    with torch.no_grad():
-        out = module.generate(
-            given,
-            attention_mask=torch.ones_like(given),
-            generation_config=greedy,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-    tokens: list[int] = out.sequences[0, len(ids) :].tolist()
-    assert num_tokens == len(tokens)
-    best = torch.cat(out.logits).topk(2).values
-    return tokens, float((best[:, 0] - best[:, 1]).min())
 
 
 def check_lively(tokens: Sequence[int], what: str) -> None:

@@ -12,15 +12,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tests.runtime.models import TINY
+
 SHAPE: Mapping[str, Any] = {
+    **TINY,
     "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 176,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
     "initializer_range": 0.25,
     "bos_token_id": 1,
     "eos_token_id": 2,

@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from spotserve.core.slices import column_chunks, shard_slices, split_evenly, stage_shard
 from spotserve.errors import ModelError
@@ -30,6 +29,7 @@ from spotserve.runtime.weights import WeightStore
 from tests.runtime.families import FAMILIES
 from tests.runtime.models import ExchangeHub, LocalReplica, MemoryExchange, key_of, loaded_weights
 from tests.runtime.test_stage_model import assert_same_bits, history, prompt, recomputed
+from tests.transformers_reference import greedy_tokens, reference_model
 
 VARIANTS = [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True)]
 """(dtype, prepacked products)"""
@@ -222,16 +222,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def transformers_tokens(folder: Path, num_tokens: int) -> list[int]:
     """Greedy tokens of `generate` after `prompt(37)`."""
-    output = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).generate(
-        torch.tensor([prompt(37)]),
-        attention_mask=torch.ones(1, 37, dtype=torch.long),
-        max_new_tokens=num_tokens,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    tokens: list[int] = output[0, 37:].tolist()
-    return tokens
+    return greedy_tokens(reference_model(folder), prompt(37), num_tokens)
 
 
 def test_float32_tokens_are_those_of_transformers(folder: Path) -> None:

@@ -12,7 +12,6 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from spotserve.core.slices import max_tensor_degree, parameter_slices
 from spotserve.errors import InvariantError, ModelError
@@ -24,6 +23,7 @@ from spotserve.runtime.family import KINDS, layer_windows, model_parts
 from spotserve.runtime.model_table import describe_model
 from tests.runtime.families import FAMILIES, WINDOW
 from tests.runtime.models import LocalReplica, key_of
+from tests.transformers_reference import greedy_tokens, reference_model
 
 NAMED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "opt", "gpt_neox", "gpt2")
 """The dense families that are promised; the others come for free and are tested by the slow grids."""
@@ -58,29 +58,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     return Folders(tmp_path_factory.mktemp("families"))
 
 
-def reference_model(folder: Path) -> Any:
-    """The transformers model in float32; eager where the family has no other exact attention."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    if not model._supports_sdpa or getattr(model.config, "attn_logit_softcapping", None):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    return model
-
-
 def reference_tokens(folder: Path, num_tokens: int) -> list[list[int]]:
     """Greedy tokens of `generate` after each prompt."""
     model = reference_model(folder)
-    result = []
-    for ids in prompts():
-        output = model.generate(
-            torch.tensor([ids]),
-            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-            max_new_tokens=num_tokens,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        result.append(output[0, len(ids) :].tolist())
-    return result
+    return [greedy_tokens(model, ids, num_tokens) for ids in prompts()]
 
 
 def replica_tokens(replica: LocalReplica, num_tokens: int) -> list[list[int]]:

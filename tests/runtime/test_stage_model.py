@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
 
 from spotserve.core.slices import shard_slices, stage_shard
 from spotserve.errors import InvariantError, ModelError
@@ -22,6 +21,7 @@ from spotserve.runtime.model_table import describe_model
 from spotserve.runtime.stage_model import BatchSequence, StageBatch, StageModel
 from spotserve.runtime.weights import WeightStore
 from tests.runtime.models import LocalReplica, empty_kv, key_of, write_llama
+from tests.transformers_reference import greedy_tokens, reference_model
 
 VARIANTS = [("float32", False), ("bfloat16", False), ("float32", True), ("bfloat16", True)]
 """(dtype, prepacked linears)"""
@@ -51,16 +51,7 @@ def awkward(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def transformers_tokens(folder: Path, num_tokens: int) -> list[int]:
     """Greedy tokens of `generate` after `prompt(37)`."""
-    output = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).generate(
-        torch.tensor([prompt(37)]),
-        attention_mask=torch.ones(1, 37, dtype=torch.long),
-        max_new_tokens=num_tokens,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    tokens: list[int] = output[0, 37:].tolist()
-    return tokens
+    return greedy_tokens(reference_model(folder), prompt(37), num_tokens)
 
 
 @pytest.fixture(scope="module")
