@@ -24,6 +24,10 @@ BIN := .venv/bin
 STAMP := .venv/.set-up
 PYTEST := $(BIN)/python -m pytest
 
+# Files stay whole, as their fixtures are dear. A test process that dies fails the run at once: xdist would replace it and
+# then wait for ever for the tests that it had been given.
+SPREAD := -n $(JOBS) --dist loadfile --max-worker-restart=0
+
 .DEFAULT_GOAL := help
 .PHONY: help setup run lint types walk test check quick test-all docs clean
 
@@ -59,7 +63,7 @@ walk: $(STAMP)
 	$(PYTEST) -q tests/test_imports.py tests/test_tidy.py
 
 test: $(STAMP)
-	$(PYTEST) -q -m "not slow" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST) -q -m "not slow" $(SPREAD) $(PYTEST_ARGS)
 
 # One after the other whatever -j says: a failing linter is told before ten minutes of tests.
 check: $(STAMP)
@@ -71,7 +75,7 @@ check: $(STAMP)
 quick: $(STAMP)
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory types
-	$(PYTEST) -q -m "not e2e and not slow and not swarm" -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST) -q -m "not e2e and not slow and not swarm" $(SPREAD) $(PYTEST_ARGS)
 
 docs: $(STAMP)
 	$(BIN)/python docs/draw_lifecycles.py

@@ -278,7 +278,8 @@ class Leader(ReplicaLoop):
         self._quiesces.clear()
         self._flush_freed()
         self._last_progress = self._progress()
-        self._read_mail(wait=True)
+        # The mail that `stop` wakes with may have been read after the loop last looked: its flag was set before.
+        self._read_mail(wait=not self._is_stopping)
 
     def _flush_freed(self) -> None:
         freed = tuple(self._batcher.take_freed())

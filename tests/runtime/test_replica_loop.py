@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
+from unittest import mock
 
 import pytest
 import torch
@@ -290,6 +291,26 @@ def test_progress_is_known_without_waiting_for_an_iteration(folder: Path, model:
         while leader.last_progress != result(leader.progress()):
             assert time.monotonic() < deadline_s
         assert () == leader.last_progress.positions
+
+
+def test_a_stop_between_a_look_and_the_mail_is_seen(folder: Path, model: ModelSpec) -> None:
+    """Tests that an idle leader ends although the mail that was to wake it was read before it came to rest."""
+    replica = Replica(folder, model, pipeline=1, tensor=1)
+    leader = replica.leader
+    read_mail, stoppers = leader._read_mail, [threading.Thread(target=leader.stop, daemon=True)]
+
+    def stopped_just_before(*, wait: bool) -> None:
+        if stoppers:
+            stoppers.pop().start()
+            while leader._mailbox.empty():
+                time.sleep(0.001)
+        read_mail(wait=wait)
+
+    with mock.patch.object(leader, "_read_mail", stopped_just_before):
+        leader.start()
+        leader._thread.join(TIMEOUT_S)
+    assert not leader._thread.is_alive()
+    replica.stop()
 
 
 def test_a_lost_rank_is_reported_once_by_each_survivor(folder: Path, model: ModelSpec) -> None:
