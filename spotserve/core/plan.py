@@ -229,6 +229,7 @@ class SolverReport(Frozen):
     bound: float = 0.0
     gap: float = 0.0
     certificate: dict[str, str | int | float] | None = None
+    statistics: dict[str, int | float] | None = None
 
 
 class Estimates(Frozen):

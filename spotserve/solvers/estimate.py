@@ -1,0 +1,57 @@
+"""Times of a plan: when steps end, how long clients would wait, and what the average request is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from spotserve.core.cost import Workload
+from spotserve.core.ids import StepId
+from spotserve.core.plan import Estimates, PlanningProblem, Quiesce, Step
+from spotserve.solvers.steps import busiest_port_s
+
+
+def margin_s(left_s: float) -> float:
+    """Safety kept of a grace period: a tenth, at least half a second unless that is most of it."""
+    return max(0.1 * left_s, min(0.5, 0.5 * left_s))
+
+
+def workload_of(problem: PlanningProblem) -> Workload:
+    """The average request: of the snapshot if it has any, else half a context in and a quarter out."""
+    requests = problem.snapshot.requests
+    length = problem.spec.limits.max_model_len
+    prompt, output = max(1, length // 2), max(1, length // 4)
+    if requests:
+        prompt = max(1, sum(request.prompt_tokens for request in requests) // len(requests))
+        output = max(1, sum(request.max_tokens for request in requests) // len(requests))
+    return Workload(min(prompt, length), min(output, length), problem.snapshot.load_rps)
+
+
+def finish_times(steps: Iterable[Step]) -> dict[StepId, float]:
+    """When each step ends if every step starts as soon as all it depends on are done."""
+    finish: dict[StepId, float] = {}
+    for step in steps:
+        begin = max((finish[before] for before in step.depends_on), default=0.0)
+        if isinstance(step, Quiesce):
+            begin = max(begin, step.not_before_s)
+        finish[step.id] = begin + step.estimated_s
+    return finish
+
+
+def estimate(steps: tuple[Step, ...], remaining_s: float | None, *, link_bytes_per_s: float) -> Estimates:
+    """Copy, stall and total time along the longest path, or the busiest port where that takes longer."""
+    if not steps:
+        return Estimates(slack_s=remaining_s)
+    finish = finish_times(steps)
+    begin = {step.id: finish[step.id] - step.estimated_s for step in steps}
+    copies = [step for step in steps if step.kind in ("copy_weights", "load_weights", "copy_kv")]
+    path_s = max((finish[s.id] for s in copies), default=0.0) - min((begin[s.id] for s in copies), default=0.0)
+    copy_s = max(path_s, busiest_port_s(copies, link_bytes_per_s=link_bytes_per_s))
+    stops = [begin[step.id] for step in steps if step.kind == "quiesce"]
+    cut_over_s = max(finish[step.id] for step in steps if step.kind in ("commit", "activate", "recompute"))
+    done_s = max(finish.values()) + copy_s - path_s
+    return Estimates(
+        copy_s=round(copy_s, 6),
+        stall_s=round(cut_over_s - min(stops), 6) if stops else 0.0,
+        done_s=round(done_s, 6),
+        slack_s=None if remaining_s is None else round(remaining_s - done_s, 6),
+    )

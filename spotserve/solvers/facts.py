@@ -1,0 +1,70 @@
+"""What a planning run knows before it decides anything: the problem, looked at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from spotserve.core.ids import GpuId
+from spotserve.core.plan import PlanningProblem
+from spotserve.core.snapshot import Holding, Replica
+from spotserve.core.spec import ModelSpec, ServingSpec, weight_copies
+from spotserve.solvers.ranges import Catalog, Ranges
+from spotserve.solvers.registry import chosen_solvers
+from spotserve.solvers.view import View, kv_tokens, look, natural_key, requests_of
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """The problem, who stays and who goes, what every GPU holds, and which solvers were asked for."""
+
+    problem: PlanningProblem
+    view: View
+    catalog: Catalog
+    solvers: Mapping[str, str]
+    holdings: Mapping[GpuId, Holding]
+    held: Mapping[GpuId, Ranges]
+
+    @property
+    def spec(self) -> ServingSpec:
+        """What is served, and within which limits."""
+        return self.problem.spec
+
+    @property
+    def model(self) -> ModelSpec:
+        """The model's parameter table."""
+        return self.problem.spec.model
+
+    @property
+    def copies(self) -> int:
+        """How often weights take memory."""
+        return weight_copies(self.problem.spec.linear)
+
+    @property
+    def policy(self) -> str:
+        """The policy that decides."""
+        return self.problem.spec.policy
+
+    def progress(self, replica: Replica) -> int:
+        """Tokens of a replica's requests whose KV is in place."""
+        return sum(kv_tokens(request) for request in requests_of(self.problem, replica.id))
+
+    def affected(self, untouched: tuple[Replica, ...]) -> tuple[Replica, ...]:
+        """The replicas that run and are not `untouched`, in natural order."""
+        kept = {replica.id for replica in untouched}
+        replicas = sorted(self.problem.snapshot.world.replicas, key=lambda r: natural_key(r.id))
+        return tuple(replica for replica in replicas if replica.id not in kept)
+
+
+def gather(problem: PlanningProblem) -> Facts:
+    """The facts of a problem. Raises SpecError for an unknown solver."""
+    catalog = Catalog(problem.spec.model)
+    holdings = {holding.gpu: holding for holding in problem.snapshot.world.holdings}
+    return Facts(
+        problem=problem,
+        view=look(problem),
+        catalog=catalog,
+        solvers=chosen_solvers(problem.spec.solvers),
+        holdings=holdings,
+        held={gpu: catalog.held(holding) for gpu, holding in sorted(holdings.items())},
+    )
