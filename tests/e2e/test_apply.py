@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from spotserve.core.plan import CopyWeights, LoadWeights, Plan
+from spotserve.core.slices import Slice
 from tests.e2e.conftest import TinyModel
 from tests.e2e.daemon import RunningDaemon, running
+from tests.e2e.history import last_run
 from tests.e2e.models import NUM_TOKENS
 
 pytestmark = pytest.mark.e2e
@@ -114,6 +117,39 @@ def test_plan_file_from_snapshot_to_released(
         garbage.write_text('{"format_version": "0.1"}')
         assert_refused(daemon, garbage, "cannot be read")
         assert small.expected(30) == [stream.wait() for stream in small.stream_all(daemon, 30)]
+
+
+def weight_steps(plan: Plan) -> list[tuple[str, str | None, tuple[str, ...], int, tuple[Slice, ...]]]:
+    """Who gets which weights from where, in the plan's order."""
+    return [
+        (
+            step.kind,
+            step.source if isinstance(step, CopyWeights) else None,
+            (step.destination,) if isinstance(step, CopyWeights) else step.workers,
+            step.bytes,
+            step.slices,
+        )
+        for step in plan.steps
+        if isinstance(step, CopyWeights | LoadWeights)
+    ]
+
+
+def test_a_dry_run_foretells_the_event(tmp_path: Path, small: TinyModel, small_environment: dict[str, str]) -> None:
+    """Tests that a notice leads to the target, the routes and the weight steps that the dry run before it printed."""
+    args = [str(small.folder), "--gpu-memory", "24MiB", "--instances", "5", "-dp", "2", "-pp", "2", "-tp", "1"]
+    with running(tmp_path / "state", *args, env=small_environment) as daemon:
+        gone = daemon.status()["replicas"][1]["stages"][1]["gpus"][0].split("/")[0]
+        streams = small.stream_all(daemon, NUM_TOKENS)
+        for stream in streams:
+            stream.wait_tokens(1)
+        foretold = Plan.model_validate_json(plan_losing(daemon, gone, tmp_path).read_text())
+        printed(daemon, "notice", gone, "--grace", "60")
+        daemon.wait_for(lambda: daemon.status()["epoch"] == foretold.epoch.to, "the plan's epoch")
+        done = last_run(daemon).plan
+        assert small.expected(NUM_TOKENS) == [stream.wait() for stream in streams]
+        assert (foretold.target, foretold.routes, foretold.mode) == (done.target, done.routes, done.mode)
+        assert weight_steps(foretold)
+        assert weight_steps(foretold) == weight_steps(done)
 
 
 def test_plan_for_another_world_is_refused(tmp_path: Path, small: TinyModel, small_environment: dict[str, str]) -> None:
