@@ -30,8 +30,13 @@ from spotserve.core.plan import (
 from spotserve.core.slices import stage_shard
 from spotserve.core.snapshot import Replica
 from spotserve.errors import InvariantError
+from spotserve.log import get_logger
 
 GRANT_EXPIRES_S = 600.0
+OVERDUE_S = 30.0
+"""A worker that has not answered a step for so long is named in the log, again and again."""
+
+log = get_logger("steps")
 
 
 class Workers(Protocol):
@@ -294,10 +299,22 @@ class StepExecutor:
     async def _ask(self, worker: GpuId, command: wire.Command) -> dict[str, Any]:
         # One command may go to several workers: the id is told apart by its receiver.
         named = command.model_copy(update={"command": f"{command.command}@{worker}"})
-        reply = await self._workers.command(worker, named)
+        reply = await self._patiently(worker, named)
         if not reply.ok:
             raise StepError(f"{worker}: {reply.error}")
         return reply.result
+
+    async def _patiently(self, worker: GpuId, command: wire.Command) -> wire.Reply:
+        """The reply, however long it takes: a copy may take minutes, but whoever waits should be able to read why."""
+        asked = asyncio.ensure_future(self._workers.command(worker, command))
+        waited_s = 0.0
+        try:
+            while not (await asyncio.wait((asked,), timeout=OVERDUE_S))[0]:
+                waited_s += OVERDUE_S
+                log.warning("step_overdue", worker=worker, command=command.command, waited_s=waited_s)
+            return asked.result()
+        finally:
+            asked.cancel()
 
     async def _ask_all(self, workers: Sequence[GpuId], command: wire.Command) -> dict[str, Any]:
         results = await asyncio.gather(*(self._ask(w, command) for w in workers), return_exceptions=True)

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+import structlog
+import structlog.testing
+
 from spotserve.core import commands as cmd
 from spotserve.core import events as ev
 from spotserve.core import wire
 from spotserve.core.ids import GpuId, InstanceId
-from spotserve.core.plan import CopyWeights
+from spotserve.core.plan import CopyWeights, Reserve
+from spotserve.runtime import step_executor
 from spotserve.runtime.step_executor import StepExecutor
 from spotserve.solvers.planner import make_plan
 from tests.planning_worlds import MIB, notice, running_problem, tiny_spec
@@ -53,6 +58,29 @@ def test_step_of_an_aborted_plan_fails_quietly() -> None:
     event, kinds = asyncio.run(play())
     assert isinstance(event, ev.StepFailed)
     assert ["grant"] == kinds
+
+
+def test_a_step_that_is_not_answered_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that the log says which worker a step waits for, and that the step still ends well when it answers."""
+    monkeypatch.setattr(step_executor, "OVERDUE_S", 0.01)
+
+    async def play(log: list[structlog.typing.EventDict]) -> ev.Event:
+        workers = SlowWorkers()
+        executor = StepExecutor(workers, term=1, clock=lambda: 0.0, contents=lambda admissions: ())
+        problem = running_problem(tiny_spec(), shape=(1, 2, 2), memory_bytes=24 * MIB, trigger=notice("i0"), spare=1)
+        plan = make_plan(problem)
+        step = next(step for step in plan.steps if isinstance(step, Reserve))
+        executor.begin(plan)
+        execution = asyncio.create_task(executor.execute("7.0", cmd.ExecuteStep(epoch=plan.epoch.to, step=step)))
+        while len(log) < 2:
+            await asyncio.sleep(0.01)
+        workers.may_answer.set()
+        done = await execution
+        assert {("step_overdue", step.workers[0])} == {(line["event"], line["worker"]) for line in log}
+        return done
+
+    with structlog.testing.capture_logs() as log:
+        assert isinstance(asyncio.run(play(log)), ev.StepDone)
 
 
 class CopyingWorkers(SlowWorkers):
