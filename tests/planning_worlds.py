@@ -198,8 +198,8 @@ def random_problem(seed: int) -> PlanningProblem:
         min_kv_tokens=draw.choice([0, 32]),
         solvers={
             "configure": draw.choice(["cpsat", "enumerate", "enumerate"]),
-            "migrate": draw.choice(["maxflow", "layered", "first_holder"]),
-            "place": draw.choice(["assignment", "hungarian"]),
+            "migrate": draw.choice(["layered", "maxflow", "prefix_lp", "first_holder", "paper"]),
+            "place": draw.choice(["makespan", "reuse", "paper", "rank-order"]),
         },
     )
     shape = draw.choice([(1, 1, 1), (1, 2, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (3, 1, 1), (1, 1, 3), (1, 2, 3)])

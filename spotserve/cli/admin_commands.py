@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,10 +10,10 @@ import typer
 
 from spotserve.cli.client import client_for
 from spotserve.cli.config import Origin, choice, seconds
+from spotserve.cli.plan_file import read_bytes
 from spotserve.core.canonical import canonical_json
+from spotserve.core.strict_json import JsonFaultError, parse
 from spotserve.errors import PlanRefusedError, SpecError, SpotServeError
-
-MAX_PLAN_BYTES = 256 * 2**20
 
 Url = Annotated[str | None, typer.Option(metavar="URL", help="The daemon [default: SPOTSERVE_URL, else loopback].")]
 Format = Annotated[str, typer.Option("--format", metavar="table|json", help="How the answer reads.")]
@@ -112,13 +111,9 @@ def instance_id(text: str) -> str:
 def read_plan(path: Path) -> Any:
     """The JSON of a plan file; the daemon judges what it means."""
     try:
-        if path.stat().st_size > MAX_PLAN_BYTES:
-            raise PlanRefusedError(f"corrupt {path}: larger than {MAX_PLAN_BYTES} bytes")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SpecError(f"FILE {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise PlanRefusedError(f"corrupt {path}: not JSON: {error}", hint="spotserve verify tells more") from error
+        return parse(read_bytes(path, what="FILE"))
+    except JsonFaultError as fault:
+        raise PlanRefusedError(f"corrupt {path}: {fault}", hint="spotserve verify tells more") from fault
 
 
 def status_text(answer: dict[str, Any]) -> str:

@@ -17,7 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from spotserve.core.options import LOOPBACK_HOSTS, POLICY_NAMES, SOLVER_NAMES, Device, GpuMemory, LogFormat, RunOptions
+from spotserve.core.options import (
+    LOOPBACK_HOSTS,
+    NOT_IN_PLANS,
+    POLICY_NAMES,
+    SOLVER_NAMES,
+    Device,
+    GpuMemory,
+    LogFormat,
+    RunOptions,
+)
 from spotserve.core.spec import DType, LinearKind
 from spotserve.errors import SpecError
 
@@ -164,6 +173,8 @@ def parse_solvers(value: Any, origin: Origin) -> dict[str, str]:
         pairs = [(item.split("=", 1)[0].strip(), item.split("=", 1)[1].strip()) for item in items]
     chosen: dict[str, str] = {}
     for kind, name in pairs:
+        if kind in NOT_IN_PLANS:
+            raise origin.refuse(kind, NOT_IN_PLANS[kind], hint=f"call spotserve.solvers.{kind} from Python")
         if kind not in SOLVER_NAMES:
             raise origin.refuse(kind, f"is not one of {', '.join(SOLVER_NAMES)}", hint=nearest(kind, SOLVER_NAMES))
         if name not in SOLVER_NAMES[kind]:

@@ -27,7 +27,7 @@ def diff(
     output: Format = "table",
     as_json: Json = False,
 ) -> None:
-    """Compare two plans: layout, routes, requests, steps by what they do, estimates."""
+    """Compare what two plans decide: layout, routes, requests, links, times, solvers."""
     wanted = wanted_format(output, as_json)
     changes = plan_changes(plan_of(before).model_dump(mode="json"), plan_of(after).model_dump(mode="json"))
     if wanted == "json":

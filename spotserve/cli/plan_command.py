@@ -11,13 +11,13 @@ import typer
 
 from spotserve.cli.admin_commands import Format, Json, wanted_format
 from spotserve.cli.config import Origin, integer, parse_solvers, seconds
-from spotserve.cli.plan_file import model_of, spec_of
+from spotserve.cli.plan_file import model_of, require_fit, spec_of
 from spotserve.core.canonical import canonical_json
 from spotserve.core.check import check_plan
 from spotserve.core.ids import GpuId, InstanceId
 from spotserve.core.plan import Plan, PlanningProblem, Trigger
 from spotserve.core.plan_text import plan_text
-from spotserve.core.snapshot import Gpu, InstanceView, Snapshot
+from spotserve.core.snapshot import InstanceView, Snapshot
 from spotserve.core.spec import ServingSpec
 from spotserve.errors import SpecError, UnknownInstanceError
 
@@ -76,6 +76,7 @@ def plan(
     serving, seen, trigger = inputs(case, spec, snapshot, needs_event=not happening.said)
     serving = overridden(serving, policy=policy, solvers=solver)
     problem = problem_of(serving, seen, trigger, happening)
+    require_fit(problem)
     made = solve(problem)
     text = canonical_json(made)
     if out is not None:
@@ -195,8 +196,7 @@ def with_joined(snapshot: Snapshot, count: int) -> tuple[Snapshot, tuple[Instanc
             state="ready",
             market=pattern.market,
             gpus=tuple(
-                Gpu(id=GpuId(f"{name}/{index}"), memory_bytes=gpu.memory_bytes)
-                for index, gpu in enumerate(pattern.gpus)
+                gpu.model_copy(update={"id": GpuId(f"{name}/{index}")}) for index, gpu in enumerate(pattern.gpus)
             ),
         )
         for name in names

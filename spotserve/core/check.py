@@ -6,11 +6,7 @@ slice map as the only common ground (the workers use that one as well). Meaning 
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Iterator
-
-from pydantic import ValidationError
 
 from spotserve.core.canonical import digest
 from spotserve.core.check_content import (
@@ -30,18 +26,12 @@ from spotserve.core.check_order import (
     check_missing,
     check_mode,
 )
-from spotserve.core.check_world import check_snapshot, check_spec
+from spotserve.core.check_world import check_membership, check_snapshot, check_spec
 from spotserve.core.finding import Facts, Finding
-from spotserve.core.plan import FORMAT_VERSION, Plan
+from spotserve.core.plan import FORMAT_VERSION, EpochChange, Plan, PlanningProblem, Target
+from spotserve.core.strict_json import JsonFaultError, parse, shaped, shown
 
-MAX_PLAN_BYTES = 64 * 1024 * 1024
-MAX_DEPTH = 64
 MAX_FINDINGS = 1000
-
-STRINGS = re.compile(rb'"(?:[^"\\\\]++|\\\\.)*+"?', re.DOTALL)
-"""A JSON string, closed or cut off by the end of the file; possessive, so it never backtracks."""
-
-BRACKETS = re.compile(rb"[\[\]{}]")
 
 Rule = Callable[[Facts], Iterator[Finding]]
 
@@ -95,6 +85,10 @@ def _currency(plan: Plan, daemon_epoch: int | None) -> Iterator[Finding]:
     if plan.epoch.to <= plan.epoch.from_:
         message = f"epoch {plan.epoch.to} does not follow epoch {plan.epoch.from_}"
         yield Finding(code="stale", path="epoch.to", message=message)
+    unused = plan.snapshot.next_epoch
+    if unused is not None and plan.epoch.to < unused:
+        message = f"epoch {plan.epoch.to} is used already, {unused} is the first that is not"
+        yield Finding(code="stale", path="epoch.to", message=message)
     if daemon_epoch is not None and daemon_epoch != plan.epoch.from_:
         message = f"made for epoch {plan.epoch.from_}, the daemon has {daemon_epoch}"
         yield Finding(code="stale", path="epoch.from", message=message)
@@ -105,57 +99,41 @@ def _currency(plan: Plan, daemon_epoch: int | None) -> Iterator[Finding]:
 
 def read_plan(data: bytes) -> Plan | Finding:
     """A plan from the bytes of a file, or the one finding that says why it is none."""
-    if len(data) > MAX_PLAN_BYTES:
-        return _corrupt("", f"file size {len(data)} exceeds {MAX_PLAN_BYTES} bytes")
-    if _depth(data) > MAX_DEPTH:
-        return _corrupt("", f"nesting exceeds {MAX_DEPTH} levels")
     try:
-        raw = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        return _corrupt("", f"not JSON: {str(error)[:200]}")
-    if not isinstance(raw, dict):
-        return _corrupt("", f"the file holds a {type(raw).__name__}, not an object")
-    version = raw.get("format_version")
-    if version != FORMAT_VERSION:
-        shown = str(version)[:40]
-        return Finding(
-            code="bad_version", path="format_version", message=f"format version {shown} is not {FORMAT_VERSION}"
-        )
-    try:
-        return Plan.model_validate_json(data)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-        return _corrupt(where, str(first["msg"])[:200])
+        raw = parse(data)
+        version = raw.get("format_version") if isinstance(raw, dict) else FORMAT_VERSION
+        if version != FORMAT_VERSION:
+            message = f"format version {shown(version, 40)} is not {FORMAT_VERSION}"
+            return Finding(code="bad_version", path="format_version", message=message)
+        return shaped(Plan, raw)
+    except JsonFaultError as fault:
+        return Finding(code="corrupt", path=fault.path or "file", message=fault.message)
+
+
+def misfits(problem: PlanningProblem) -> Iterator[Finding]:
+    """What in a snapshot or an event does not fit the spec, or contradicts itself: seen before any solver is asked."""
+    nothing = Plan(
+        epoch=EpochChange.model_validate({"from": problem.snapshot.world.epoch, "to": problem.epoch_to}),
+        trigger=problem.trigger,
+        policy=problem.spec.policy,
+        policy_version=problem.spec.policy_version,
+        spec=problem.spec,
+        spec_digest="",
+        snapshot=problem.snapshot,
+        snapshot_digest="",
+        target=Target(replicas=()),
+        applyable=False,
+        complete=False,
+    )
+    facts = Facts(nothing)
+    for rule in (*GROUND_RULES, check_membership):
+        found = list(rule(facts))
+        yield from found
+        if found:
+            return
 
 
 def verify(data: bytes, *, daemon_epoch: int | None = None) -> tuple[Finding, ...]:
     """All findings of a plan file."""
     plan = read_plan(data)
     return (plan,) if isinstance(plan, Finding) else check_plan(plan, daemon_epoch=daemon_epoch)
-
-
-def _corrupt(path: str, message: str) -> Finding:
-    return Finding(code="corrupt", path=path or "file", message=message)
-
-
-def _depth(data: bytes) -> int:
-    """The deepest nesting of brackets outside strings; counted before any parser recurses."""
-    depth = deepest = 0
-    for bracket in BRACKETS.finditer(STRINGS.sub(b"", data)):
-        depth += 1 if bracket.group() in b"[{" else -1
-        deepest = max(deepest, depth)
-    return deepest
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Refuse an object that names a key twice: two readers could see two plans."""
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        raise ValueError("an object names a key twice")
-    return result
-
-
-def _no_constant(name: str) -> object:
-    """Refuse NaN and Infinity, which JSON does not have."""
-    raise ValueError(f"{name} is not JSON")

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
+from spotserve.core.check_memory import worst_excess
 from spotserve.core.check_world import most_ranks, well_formed
-from spotserve.core.finding import Cells, Facts, Finding, Interval, Seat, add, merged, minus, overlap
+from spotserve.core.finding import Cells, Facts, Finding, Interval, Seat, add, minus, overlap
 from spotserve.core.ids import GpuId, ReplicaId, StepId
-from spotserve.core.plan import CopyKv, CopyKvDelta, CopyWeights, LoadWeights, Release, Reserve, Route
+from spotserve.core.plan import Activate, CopyKv, CopyKvDelta, CopyWeights, LoadWeights, Release, Reserve, Route, Step
 from spotserve.core.slices import Slice, concrete_parameters, stage_shard
-from spotserve.core.snapshot import Replica
+from spotserve.core.snapshot import ENDED_STATES, Replica, RequestProgress
+from spotserve.core.spec import weight_copies
+
+Taking = tuple[Step, int]
+"""A step and the bytes that it takes of a GPU's memory, or gives back."""
 
 
 def check_layout(facts: Facts) -> Iterator[Finding]:
@@ -99,15 +104,19 @@ def check_weights(facts: Facts) -> Iterator[Finding]:
             code="double_owner", path="steps", message=f"{gpu} receives weights but has no position in a new replica"
         )
     for gpu, seat in facts.new_seat.items():
-        held = {key: minus(runs, released.get(gpu, {}).get(key, [])) for key, runs in facts.held.get(gpu, {}).items()}
-        yield from _covered(facts.needs(seat), held, delivered.get(gpu, {}), gpu)
+        needs, held, lacking = facts.needs(seat), facts.held.get(gpu, {}), facts.lacking(seat)[0]
+        if gone := released.get(gpu):
+            held = {key: minus(runs, gone.get(key, [])) for key, runs in held.items()}
+            lacking = {key: minus(runs, held.get(key, [])) for key, runs in needs.items()}
+        yield from _covered(needs, held, lacking, delivered.get(gpu, {}), gpu)
 
 
-def _covered(needs: Cells, held: Cells, delivered: Cells, gpu: GpuId) -> Iterator[Finding]:
-    for key in sorted({*needs, *delivered}):
+def _covered(needs: Cells, held: Cells, lacking: Cells, delivered: Cells, gpu: GpuId) -> Iterator[Finding]:
+    """What a position lacks arrives, once, and nothing else does."""
+    for key in sorted({*lacking, *delivered}):
         name = key[0]
         arriving = delivered.get(key, [])
-        for hole in minus(minus(needs.get(key, []), held.get(key, [])), arriving):
+        for hole in minus(lacking.get(key, []), arriving):
             message = f"nothing brings {name} [{hole[0]}, {hole[1]}) to {gpu}"
             yield Finding(code="coverage_hole", path="steps", message=message)
         twice = overlap([*arriving, *held.get(key, [])])
@@ -125,9 +134,7 @@ def _source_holds(facts: Facts, step: CopyWeights, path: str) -> Iterator[Findin
         message = f"{step.source} holds no weights or is not there"
         yield Finding(code="not_a_holder", step=step.id, path=path, message=message)
         return
-    wanted: Cells = {}
-    add(wanted, step.slices)
-    for (name, dim), runs in wanted.items():
+    for (name, dim), runs in facts.cells_of(step.slices).items():
         for start, stop in minus(runs, held.get((name, dim), [])):
             message = f"{step.source} does not hold {name} [{start}, {stop})"
             yield Finding(code="not_a_holder", step=step.id, path=path, message=message)
@@ -159,19 +166,27 @@ def check_releases(facts: Facts) -> Iterator[Finding]:
             readers[step.source].append(step)
         elif isinstance(step, CopyKv | CopyKvDelta):
             kv_readers[step.source, step.route.from_replica].append(step)
+    freed_before: dict[GpuId, Cells] = defaultdict(dict)
     for number, step in enumerate(facts.plan.steps):
         if not isinstance(step, Release):
             continue
         gpu, path = step.workers[0], f"steps[{number}]"
-        freed: Cells = {}
-        add(freed, step.slices)
+        freed = facts.cells_of(step.slices)
         seat = facts.new_seat.get(gpu)
         needed = facts.needs(seat) if seat is not None else {}
-        for key, runs in freed.items():
-            again = released.get(gpu, {}).get(key, [])
-            for start, stop in _shared(minus(runs, again), needed.get(key, [])):
+        again, held, before = released.get(gpu, {}), facts.held.get(gpu, {}), freed_before[gpu]
+        for key, runs in freed.items() if needed else ():
+            for start, stop in _shared(minus(runs, again.get(key, [])), needed.get(key, [])):
                 message = f"{gpu} frees {key[0]} [{start}, {stop}), which its new position needs"
                 yield Finding(code="coverage_hole", step=step.id, path=path, message=message)
+        for key, runs in freed.items():
+            for start, stop in minus(runs, held.get(key, [])):
+                message = f"{gpu} does not hold {key[0]} [{start}, {stop}), which it is to free"
+                yield Finding(code="not_a_holder", step=step.id, path=path, message=message)
+            if overlap([*runs, *before.get(key, [])]) is not None:
+                message = f"{gpu} frees some of {key[0]} twice"
+                yield Finding(code="duplicate_step", step=step.id, path=path, message=message)
+        add(before, step.slices)
         for kv_reader in kv_readers[gpu, step.replica]:
             if step.kv:
                 yield from _read_first(facts, step, kv_reader, path)
@@ -180,8 +195,7 @@ def check_releases(facts: Facts) -> Iterator[Finding]:
                 yield Finding(code="wrong_order", step=kv_reader.id, path=path, message=message)
         yield from _kept_pool(facts, step, path)
         for reader in readers[gpu]:
-            wanted: Cells = {}
-            add(wanted, reader.slices)
+            wanted = facts.cells_of(reader.slices)
             if any(_shared(runs, wanted.get(key, [])) for key, runs in freed.items()):
                 yield from _read_first(facts, step, reader, path)
 
@@ -240,9 +254,11 @@ def check_kv(facts: Facts) -> Iterator[Finding]:
                 message = f"no copy_kv follows the route from {route.from_replica} to {route.to_replica}"
                 yield Finding(code="missing_step", path=f"routes[{number}]", message=message)
             continue
+        arriving: dict[GpuId, list[CopyKv]] = defaultdict(list)
+        for _, step in copies[route]:
+            arriving[step.destination].append(step)
         for seat in facts.seats(facts.after[route.to_replica]):
-            steps = [step for _, step in copies[route] if step.destination == seat.gpu]
-            yield from _rectangle_covered(seat, steps, route)
+            yield from _rectangle_covered(seat, arriving[seat.gpu], route)
         seated = set(facts.after[route.to_replica].gpus)
         for number_, step in copies[route]:
             if step.destination not in seated:
@@ -252,8 +268,7 @@ def check_kv(facts: Facts) -> Iterator[Finding]:
 
 def _kv_source(facts: Facts, step: CopyKv | CopyKvDelta, path: str) -> Iterator[Finding]:
     route = step.route
-    replica = facts.leaving.get(route.from_replica)
-    seat = None if replica is None else next((s for s in facts.seats(replica) if s.gpu == step.source), None)
+    seat = facts.old_seats.get(route.from_replica, {}).get(step.source)
     inside = (
         seat is not None
         and seat.layers[0] <= route.layers[0] < route.layers[1] <= seat.layers[1]
@@ -270,7 +285,10 @@ def _kv_source(facts: Facts, step: CopyKv | CopyKvDelta, path: str) -> Iterator[
 
 def _rectangle_covered(seat: Seat, steps: list[CopyKv], route: Route) -> Iterator[Finding]:
     """Layer by layer, the head runs that arrive (or stay) are the position's, once each."""
-    for layer in range(*seat.layers):
+    low, high = seat.layers
+    # What arrives changes at these layers only.
+    edges = {low, *(edge for step in steps for edge in step.route.layers if low < edge < high)}
+    for layer in sorted(edges):
         runs = [
             (step.route.kv_heads[0], step.route.kv_heads[1])
             for step in steps
@@ -306,8 +324,8 @@ def check_requests(facts: Facts) -> Iterator[Finding]:
     for name in sorted(facts.leaving.keys() - routes.keys()):
         if facts.after:
             yield Finding(code="coverage_hole", path="routes", message=f"requests of {name} have no route")
-    ended = ("finished", "cancelled", "failed")
-    due = {r.request: r for r in facts.plan.snapshot.requests if r.replica in facts.leaving and r.state not in ended}
+    open_ = [request for request in facts.plan.snapshot.requests if request.state not in ENDED_STATES]
+    due = {request.request: request for request in open_ if request.replica in facts.leaving}
     seen: set[str] = set()
     for number, action in enumerate(facts.plan.requests):
         path = f"requests[{number}]"
@@ -330,24 +348,42 @@ def check_requests(facts: Facts) -> Iterator[Finding]:
         yield Finding(code="coverage_hole", path="requests", message=f"request {unnamed} has no action")
     yield from _running_bound(facts)
     waiting = any(action.to_replica is None for action in facts.plan.requests)
-    if facts.plan.complete and (waiting or not facts.after):
-        message = "complete, though a request has no place or nothing serves"
+    if facts.plan.complete == (waiting or not facts.after):
+        message = f"complete is {facts.plan.complete}, but " + (
+            "a request has no place or nothing serves" if facts.plan.complete else "every request has a place"
+        )
         yield Finding(code="corrupt", path="complete", message=message)
 
 
 def _running_bound(facts: Facts) -> Iterator[Finding]:
-    """No more sequences move into a replica than B leaves room for."""
+    """No more sequences move into a replica than B leaves room for, nor more KV than its pool."""
     moving = {a.request: a.to_replica for a in facts.plan.requests if a.action == "move"}
+    arriving: dict[ReplicaId, list[RequestProgress]] = defaultdict(list)
+    staying: dict[ReplicaId, list[RequestProgress]] = defaultdict(list)
+    for request in facts.plan.snapshot.requests:
+        goal = moving.get(request.request)
+        if goal is not None:
+            arriving[goal].append(request)
+        elif request.replica is not None and request.state not in ENDED_STATES:
+            staying[request.replica].append(request)
     for number, replica in enumerate(facts.plan.target.replicas):
-        arriving = running = 0
-        for request in facts.plan.snapshot.requests:
-            if moving.get(request.request) == replica.id:
-                arriving += max(1, len(request.choices))
-            elif request.replica == replica.id and request.state not in ("finished", "cancelled", "failed"):
-                running += max(1, len(request.choices))
-        if arriving and arriving + running > replica.max_running:
-            message = f"{arriving + running} sequences on {replica.id} exceed its max_running {replica.max_running}"
-            yield Finding(code="over_memory", path=f"target.replicas[{number}]", message=message)
+        if not arriving[replica.id]:
+            continue
+        path = f"target.replicas[{number}]"
+        everyone = [*arriving[replica.id], *staying[replica.id]]
+        running = sum(max(1, len(request.choices)) for request in everyone)
+        if running > replica.max_running:
+            message = f"{running} sequences on {replica.id} exceed its max_running {replica.max_running}"
+            yield Finding(code="over_memory", path=path, message=message)
+        blocks = sum(_blocks(facts, choice.kv_tokens) for request in everyone for choice in request.choices)
+        if blocks > replica.kv_blocks:
+            message = f"{blocks} blocks of KV on {replica.id} exceed its {replica.kv_blocks}"
+            yield Finding(code="over_memory", path=path, message=message)
+
+
+def _blocks(facts: Facts, tokens: int) -> int:
+    """KV cache blocks that so many tokens of one choice fill."""
+    return -(-tokens // facts.plan.spec.limits.kv_block_tokens)
 
 
 def check_memory(facts: Facts) -> Iterator[Finding]:
@@ -359,9 +395,10 @@ def check_memory(facts: Facts) -> Iterator[Finding]:
             yield from _reserve_covers(facts, step, f"steps[{number}].bytes")
     if facts.plan.mode == "live":
         for gpu, seat in facts.new_seat.items():
-            weights = facts.cells_bytes(_union(facts.held.get(gpu, {}), facts.needs(seat)))
+            weights = facts.held_bytes(gpu) + facts.lacking(seat)[1]
             extra = reserved.get(gpu, 0) - _position_bytes(facts, seat)
-            used = weights + _old_pool(facts, gpu) + _second_pool(facts, seat) + max(0, extra)
+            laid_out = _laid_out(facts, facts.old_seat.get(gpu)) + _laid_out(facts, seat)
+            used = weights + laid_out + _old_pool(facts, gpu) + _second_pool(facts, seat) + max(0, extra)
             yield from _within(facts, gpu, used, None, "old and new weights and both KV pools")
         return
     yield from _peak(facts)
@@ -380,32 +417,46 @@ def _position_bytes(facts: Facts, seat: Seat) -> int:
     if facts.plan.mode != "live":
         return facts.pool_bytes(facts.fresh[seat.replica], seat)
     pool = _second_pool(facts, seat)
-    held = facts.held.get(seat.gpu, {})
-    return pool + facts.cells_bytes({key: minus(runs, held.get(key, [])) for key, runs in facts.needs(seat).items()})
+    return pool + facts.lacking(seat)[1]
+
+
+def _laid_out(facts: Facts, seat: Seat | None) -> int:
+    """Bytes of the second copies of a position's weights, where weights are multiplied with in another layout."""
+    if seat is None:
+        return 0
+    return (weight_copies(facts.plan.spec.linear) - 1) * facts.cells_bytes(facts.needs(seat))
 
 
 def _peak(facts: Facts) -> Iterator[Finding]:
-    """Follow the steps in order; every GPU must stay within its memory after each of them."""
-    pools = {gpu: _old_pool(facts, gpu) for gpu in facts.living}
-    used = {gpu: facts.cells_bytes(facts.held.get(gpu, {})) + pools[gpu] for gpu in facts.living}
-    told: set[GpuId] = set()
+    """No order that the dependencies allow takes more than a GPU has, at any step that takes memory."""
+    takes, gives = _memory_steps(facts)
+    for gpu, taking in takes.items():
+        before = facts.cells_bytes(facts.held.get(gpu, {})) + _old_pool(facts, gpu)
+        needs = [[i for i, (give, _) in enumerate(gives[gpu]) if facts.follows(take, give)] for take, _ in taking]
+        excess, last = worst_excess([size for _, size in taking], [size for _, size in gives[gpu]], needs)
+        step = None if last is None else taking[last][0].id
+        yield from _within(facts, gpu, before + excess, step, "weights and KV pools at this step")
+
+
+def _memory_steps(facts: Facts) -> tuple[dict[GpuId, list[Taking]], dict[GpuId, list[Taking]]]:
+    """What each step takes of a GPU's memory, and what each gives back, in an order that the dependencies allow."""
+    takes: dict[GpuId, list[Taking]] = defaultdict(list)
+    gives: dict[GpuId, list[Taking]] = defaultdict(list)
+    pools: dict[GpuId, int] = {}
     for step in facts.in_order:
-        gpu: GpuId | None = None
-        if isinstance(step, Reserve):
-            gpu = step.workers[0]
-            used[gpu] = used.get(gpu, 0) + step.bytes
-        elif isinstance(step, CopyWeights | LoadWeights):
-            gpu = step.destination if isinstance(step, CopyWeights) else step.workers[0]
-            used[gpu] = used.get(gpu, 0) + step.bytes
+        if isinstance(step, Reserve | LoadWeights):
+            takes[step.workers[0]].append((step, step.bytes))
+        elif isinstance(step, CopyWeights):
+            takes[step.destination].append((step, step.bytes))
+        elif isinstance(step, Activate) and step.replica in facts.fresh:
+            for seat in facts.seats(facts.fresh[step.replica]):
+                takes[seat.gpu].append((step, _laid_out(facts, seat)))
         elif isinstance(step, Release):
-            pool = pools.get(step.workers[0], 0)
-            left = min(pool, _pool_left(facts, step))
-            pools[step.workers[0]] = left
-            used[step.workers[0]] = used.get(step.workers[0], 0) - (pool - left) - _slices_bytes(facts, step.slices)
-        if gpu is not None and gpu not in told:
-            findings = list(_within(facts, gpu, used[gpu], step.id, "weights and KV pools at this step"))
-            told.update([gpu] if findings else [])
-            yield from findings
+            gpu = step.workers[0]
+            pool = pools.get(gpu, _old_pool(facts, gpu))
+            pools[gpu] = min(pool, _pool_left(facts, step))
+            gives[gpu].append((step, pool - pools[gpu] + _slices_bytes(facts, step.slices)))
+    return takes, gives
 
 
 def _pool_left(facts: Facts, release: Release) -> int:
@@ -449,7 +500,3 @@ def _second_pool(facts: Facts, seat: Seat) -> int:
         if alive and before.kv_blocks == replica.kv_blocks:
             return 0
     return facts.pool_bytes(replica, seat)
-
-
-def _union(left: Cells, right: Cells) -> Cells:
-    return {key: merged([*left.get(key, []), *right.get(key, [])]) for key in {*left, *right}}

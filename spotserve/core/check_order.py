@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from spotserve.core.finding import Facts, Finding
-from spotserve.core.ids import GpuId, InstanceId, StepId, instance_of
+from spotserve.core.ids import GpuId, InstanceId, ReplicaId, StepId, instance_of
 from spotserve.core.plan import (
     Activate,
     Commit,
@@ -78,7 +78,7 @@ def check_missing(facts: Facts) -> Iterator[Finding]:
         return
     kinds: dict[str, set[str]] = defaultdict(set)
     for step in facts.plan.steps:
-        if isinstance(step, Reserve | Release):
+        if isinstance(step, Reserve) or (isinstance(step, Release) and step.kv):
             kinds[step.kind].add(step.workers[0])
         elif isinstance(step, JoinGroup | Activate | Quiesce):
             kinds[step.kind].add(step.replica)
@@ -124,10 +124,39 @@ def _strangers(facts: Facts) -> Iterator[Finding]:
             if step.replica not in facts.fresh:
                 message = f"{step.replica} is not a new replica of the target"
                 yield Finding(code="double_owner", step=step.id, path=path, message=message)
-        elif isinstance(step, Quiesce | Release) and step.replica not in facts.leaving:
-            message = f"{step.replica} is not a replica that leaves"
-            yield Finding(code="double_owner", step=step.id, path=path, message=message)
+        elif isinstance(step, Quiesce | Release):
+            yield from _old_position_named(facts, step, path)
         yield from _seat_named(facts, step, path)
+    yield from _recomputed_once(facts)
+
+
+def _old_position_named(facts: Facts, step: Quiesce | Release, path: str) -> Iterator[Finding]:
+    """The leader stops its replica; a rank frees what the generation it belonged to held."""
+    replica = facts.leaving.get(step.replica)
+    if replica is None:
+        message = f"{step.replica} is not a replica that leaves"
+    elif isinstance(step, Quiesce) and step.workers[0] != replica.leader:
+        message = f"{step.workers[0]} does not lead {replica.id}, {replica.leader} does"
+    elif isinstance(step, Release) and step.workers[0] not in replica.gpus:
+        message = f"{step.workers[0]} has no position in {replica.id}"
+    elif isinstance(step, Release) and step.generation != replica.generation:
+        message = f"generation {step.generation} is not {replica.id}'s {replica.generation}"
+    else:
+        return
+    yield Finding(code="double_owner", step=step.id, path=path, message=message)
+
+
+def _recomputed_once(facts: Facts) -> Iterator[Finding]:
+    """A request is prefilled again by one step, and only where the plan says so of it."""
+    due = {action.request for action in facts.plan.requests if action.action == "recompute"}
+    for number, step in enumerate(facts.plan.steps):
+        if not isinstance(step, Recompute):
+            continue
+        for request in step.requests:
+            if request not in due:
+                message = f"request {request} is not one to be recomputed, or is recomputed twice"
+                yield Finding(code="double_owner", step=step.id, path=f"steps[{number}].requests", message=message)
+            due.discard(request)
 
 
 def _seat_named(facts: Facts, step: Step, path: str) -> Iterator[Finding]:
@@ -136,9 +165,9 @@ def _seat_named(facts: Facts, step: Step, path: str) -> Iterator[Finding]:
         return
     replica = facts.fresh[step.replica]
     if isinstance(step, Reserve):
-        named = (step.stage, step.rank, step.workers[0])
-        seats = [(s, r, gpu) for s, stage in enumerate(replica.stages) for r, gpu in enumerate(stage.gpus)]
-        if named not in seats:
+        stages = replica.stages
+        ranks = stages[step.stage].gpus if 0 <= step.stage < len(stages) else ()
+        if not 0 <= step.rank < len(ranks) or ranks[step.rank] != step.workers[0]:
             message = f"stage {step.stage} rank {step.rank} of {replica.id} is not {step.workers[0]}"
             yield Finding(code="double_owner", step=step.id, path=path, message=message)
     if isinstance(step, JoinGroup | Activate) and step.workers != replica.gpus:
@@ -191,6 +220,9 @@ def _preparation(facts: Facts) -> Iterator[Finding]:
     reserves = {step.workers[0]: step for step in facts.plan.steps if isinstance(step, Reserve)}
     stops = {step.replica: step for step in facts.plan.steps if isinstance(step, Quiesce)}
     copies = {(s.source, s.destination, s.route): s for s in facts.plan.steps if isinstance(s, CopyKv)}
+    kinds = (Reserve, CopyWeights, LoadWeights, CopyKv, JoinGroup)
+    prepared = [step for step in facts.plan.steps if isinstance(step, kinds)]
+    mask = facts.mask(prepared)
     for number, step in enumerate(facts.plan.steps):
         before: list[Step] = []
         if isinstance(step, CopyWeights | CopyKv) and step.destination in reserves:
@@ -202,8 +234,7 @@ def _preparation(facts: Facts) -> Iterator[Finding]:
             stop = stops.get(step.route.from_replica)
             before += [earlier for earlier in (copy, stop) if earlier is not None]
         elif isinstance(step, Quiesce) and facts.plan.mode == "live":
-            kinds = (Reserve, CopyWeights, LoadWeights, CopyKv, JoinGroup)
-            before += [earlier for earlier in facts.plan.steps if isinstance(earlier, kinds)]
+            before += facts.unawaited(step, prepared, mask)
         for earlier in before:
             if not facts.follows(step, earlier):
                 message = f"{step.kind} does not wait for {earlier.kind} {earlier.id}"
@@ -213,15 +244,19 @@ def _preparation(facts: Facts) -> Iterator[Finding]:
 def _activation(facts: Facts) -> Iterator[Finding]:
     """A replica serves once its ranks have all of their content and their mesh; live frees after that."""
     activates = [step for step in facts.plan.steps if isinstance(step, Activate)]
+    mask = facts.mask(activates)
+    content: dict[ReplicaId, list[Step]] = defaultdict(list)
+    for step in facts.plan.steps:
+        if isinstance(step, CopyWeights | LoadWeights | JoinGroup):
+            content[step.replica].append(step)
+        elif isinstance(step, CopyKv | CopyKvDelta):
+            content[step.route.to_replica].append(step)
     for number, step in enumerate(facts.plan.steps):
-        before: list[Step] = []
+        before: Sequence[Step] = ()
         if isinstance(step, Activate):
-            for earlier in facts.plan.steps:
-                mine = isinstance(earlier, CopyWeights | LoadWeights | JoinGroup) and earlier.replica == step.replica
-                kv = isinstance(earlier, CopyKv | CopyKvDelta) and earlier.route.to_replica == step.replica
-                before += [earlier] if mine or kv else []
+            before = content[step.replica]
         elif isinstance(step, Recompute) or (isinstance(step, Release) and facts.plan.mode == "live"):
-            before += activates
+            before = facts.unawaited(step, activates, mask)
         for earlier in before:
             if not facts.follows(step, earlier):
                 message = f"{step.kind} does not wait for {earlier.kind} {earlier.id}"
@@ -232,7 +267,7 @@ def check_deadline(facts: Facts) -> Iterator[Finding]:
     """Every read of a doomed instance ends within its grace period: by path, and by the bytes through each port."""
     finish: dict[StepId, float] = {}
     for step in facts.in_order:
-        begin = max((finish.get(before, 0.0) for before in step.depends_on), default=0.0)
+        begin = max([finish.get(before, 0.0) for before in step.depends_on], default=0.0)
         if isinstance(step, Quiesce):
             begin = max(begin, step.not_before_s)
         finish[step.id] = begin + _least_seconds(facts, step)
@@ -262,10 +297,8 @@ def _stop_in_time(facts: Facts, step: Quiesce, path: str) -> Iterator[Finding]:
 
 
 def _ports_in_time(facts: Facts) -> Iterator[Finding]:
-    """A port that doomed reads pass cannot carry its bytes faster than the link."""
-    out: dict[InstanceId, int] = defaultdict(int)
-    in_: dict[InstanceId, int] = defaultdict(int)
-    left: dict[InstanceId, float] = {}
+    """A port that doomed reads pass cannot carry faster than the link what must have passed by any deadline."""
+    passing: dict[tuple[str, InstanceId], dict[float, int]] = defaultdict(lambda: defaultdict(int))
     for step in facts.plan.steps:
         if not isinstance(step, CopyWeights | CopyKv | CopyKvDelta):
             continue
@@ -274,16 +307,17 @@ def _ports_in_time(facts: Facts) -> Iterator[Finding]:
         if grace is None or source == destination:
             continue
         size = _moved_bytes(facts, step)
-        out[source] += size
-        in_[destination] += size
-        for port in (source, destination):
-            left[port] = max(left.get(port, 0.0), grace)
+        passing["sends", source][grace] += size
+        passing["receives", destination][grace] += size
     rate = facts.plan.spec.profile.link_bytes_per_s
-    for name, ports in (("sends", out), ("receives", in_)):
-        for port in sorted(ports):
-            if ports[port] / rate > left[port] + TIME_TOLERANCE_S:
-                message = f"{port} {name} {ports[port]} bytes of doomed instances, {left[port]:g} s are left"
+    for name, port in sorted(passing):
+        due = 0
+        for left, size in sorted(passing[name, port].items()):
+            due += size
+            if due / rate > left + TIME_TOLERANCE_S:
+                message = f"{port} {name} {due} bytes of doomed instances, {left:g} s are left"
                 yield Finding(code="past_deadline", path="steps", message=message)
+                break
 
 
 def _least_seconds(facts: Facts, step: Step) -> float:

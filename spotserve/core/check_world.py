@@ -3,16 +3,24 @@ hostile file from costing more than it weighs."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from spotserve.core.finding import Facts, Finding
+from spotserve.core.ids import GpuId, instance_of
 from spotserve.core.slices import Shard
-from spotserve.core.snapshot import Replica
+from spotserve.core.snapshot import ENDED_STATES, Replica
 from spotserve.core.spec import ModelSpec, Parameter
 
 MAX_LAYERS = 4096
 MAX_PARAMETERS = 4096
 MAX_STEPS = 20_000
+MAX_CELLS = 8_000_000
+"""Parameters of all shards in a file, layer by layer: what judging it costs."""
+
+MAX_ID_LENGTH = 128
+MIN_RATE, MAX_RATE = 1.0, 1e18
+"""Bytes per second of any link or disk; beyond them times are no finite numbers."""
 
 
 def check_spec(facts: Facts) -> Iterator[Finding]:
@@ -22,6 +30,11 @@ def check_spec(facts: Facts) -> Iterator[Finding]:
         message = f"{model.num_layers} layers and {len(model.parameters)} parameters exceed {MAX_LAYERS}"
         yield _corrupt("spec.model", message)
         return
+    profile = facts.plan.spec.profile
+    for name in ("link_bytes_per_s", "storage_bytes_per_s"):
+        if not MIN_RATE <= getattr(profile, name) <= MAX_RATE:
+            message = f"{getattr(profile, name):g} is not between {MIN_RATE:g} and {MAX_RATE:g}"
+            yield _corrupt(f"spec.profile.{name}", message)
     if len(facts.plan.steps) > MAX_STEPS:
         yield _corrupt("steps", f"{len(facts.plan.steps)} steps exceed {MAX_STEPS}")
     names = [axis.name for axis in model.axes]
@@ -69,23 +82,73 @@ def check_snapshot(facts: Facts) -> Iterator[Finding]:
     """Ids are unique, holdings and replicas lie inside the model."""
     gpus = [gpu.id for instance in facts.world.instances for gpu in instance.gpus]
     for what, names in (
-        ("instances", [instance.id for instance in facts.world.instances]),
-        ("gpus", gpus),
-        ("replicas", [replica.id for replica in facts.world.replicas]),
-        ("holdings", [holding.gpu for holding in facts.world.holdings]),
+        ("snapshot.world.instances", [instance.id for instance in facts.world.instances]),
+        ("snapshot.world.instances.gpus", gpus),
+        ("snapshot.world.replicas", [replica.id for replica in facts.world.replicas]),
+        ("snapshot.world.holdings", [holding.gpu for holding in facts.world.holdings]),
         ("target.replicas", [replica.id for replica in facts.plan.target.replicas]),
-        ("requests", [request.request for request in facts.plan.snapshot.requests]),
+        ("snapshot.requests", [request.request for request in facts.plan.snapshot.requests]),
     ):
         if len(set(names)) < len(names):
-            yield _corrupt(f"snapshot.{what}", f"{what} are not each named once")
+            twice = next(name for name, count in Counter(names).items() if count > 1)
+            yield _corrupt(what, f"{twice} is there more than once")
+        if any(not 0 < len(name) <= MAX_ID_LENGTH for name in names):
+            yield _corrupt(what, f"an id is empty or longer than {MAX_ID_LENGTH} characters")
+    for number, instance in enumerate(facts.world.instances):
+        for gpu in instance.gpus:
+            if instance_of(gpu.id) != instance.id:
+                yield _corrupt(f"snapshot.world.instances[{number}]", f"{gpu.id} is no GPU of {instance.id}")
     for number, holding in enumerate(facts.world.holdings):
         for shard in holding.shards:
             if not _inside(facts, shard):
                 message = f"{holding.gpu} holds a shard outside the model"
                 yield _corrupt(f"snapshot.world.holdings[{number}]", message)
+    yield from _costly(facts)
+    types = {facts.plan.spec.profile.device, *(device.type for device in facts.plan.spec.profile.devices)}
+    for name, gpu_type in facts.world.gpu_types.items():
+        if gpu_type not in types:
+            message = f"{name} is of type {gpu_type!r}, of which the profile has no times"
+            yield _corrupt("spec.profile.devices", message)
+    seated: set[GpuId] = set()
     for number, replica in enumerate(facts.world.replicas):
         if not well_formed(facts, replica):
             yield _corrupt(f"snapshot.world.replicas[{number}]", f"{replica.id} is not a replica of this model")
+        if any(gpu in seated for gpu in replica.gpus) or len(set(replica.gpus)) < len(replica.gpus):
+            yield _corrupt(f"snapshot.world.replicas[{number}]", f"a GPU of {replica.id} sits in two positions")
+        seated.update(replica.gpus)
+
+
+def _costly(facts: Facts) -> Iterator[Finding]:
+    """Shards of a size that no cluster has would take hours to judge."""
+    shards = [shard.layers for holding in facts.world.holdings for shard in holding.shards]
+    for replica in (*facts.world.replicas, *facts.plan.target.replicas):
+        shards += [stage.layers for stage in replica.stages for _ in stage.gpus]
+    cells = sum(max(0, last - first) for first, last in shards) * len(facts.model.parameters)
+    if cells > MAX_CELLS:
+        yield _corrupt("snapshot.world", f"{cells} parameters of shards exceed {MAX_CELLS}")
+
+
+def check_membership(facts: Facts) -> Iterator[Finding]:
+    """All that a snapshot and an event name is in the snapshot."""
+    gpus = {gpu.id for instance in facts.world.instances for gpu in instance.gpus}
+    replicas = {replica.id for replica in facts.world.replicas}
+    instances = {instance.id for instance in facts.world.instances}
+    for number, replica in enumerate(facts.world.replicas):
+        for gpu in replica.gpus:
+            if gpu not in gpus:
+                message = f"{replica.id} sits on {gpu}, which no instance of the snapshot has"
+                yield _corrupt(f"snapshot.world.replicas[{number}]", message)
+    for number, holding in enumerate(facts.world.holdings):
+        if holding.gpu not in gpus:
+            message = f"{holding.gpu} holds weights, but no instance of the snapshot has it"
+            yield _corrupt(f"snapshot.world.holdings[{number}].gpu", message)
+    for number, request in enumerate(facts.plan.snapshot.requests):
+        if request.replica is not None and request.replica not in replicas and request.state not in ENDED_STATES:
+            message = f"request {request.request} runs on {request.replica}, which is no replica of the snapshot"
+            yield _corrupt(f"snapshot.requests[{number}].replica", message)
+    for number, name in enumerate(facts.plan.trigger.instances):
+        if name not in instances:
+            yield _corrupt(f"event.instances[{number}]", f"{name} is no instance of the snapshot")
 
 
 def most_ranks(model: ModelSpec) -> int:

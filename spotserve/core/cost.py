@@ -7,6 +7,7 @@ stage bounds throughput and not the sum of the stages. Configure, the simulator 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, sqrt
 
@@ -44,21 +45,65 @@ class Degrees:
         return self.data * self.pipeline * self.tensor
 
 
-def layer_ms(profile: Profile, *, tokens: int, tensor: int) -> float:
-    """Milliseconds of one decoder layer for a forward of `tokens` rows, between and beyond the measured points.
+@dataclass(frozen=True, slots=True)
+class StageLoad:
+    """What one pipeline stage has to do: so many layers on GPUs of one type (empty: the profile's own)."""
+
+    layers: int
+    device: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineShape:
+    """One pipeline: its tensor degree and its stages from front to back."""
+
+    tensor: int
+    stages: tuple[StageLoad, ...]
+
+    @property
+    def pipeline(self) -> int:
+        """The pipeline parallel degree."""
+        return len(self.stages)
+
+
+def balanced(model: ModelSpec, *, pipeline: int, tensor: int) -> PipelineShape:
+    """The pipeline of `pipeline` stages with the layers dealt out evenly, on the profile's own device."""
+    runs = layer_split(model.num_layers, pipeline)
+    return PipelineShape(tensor, tuple(StageLoad(stop - start) for start, stop in runs))
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyCurve:
+    """Milliseconds of a decoder layer over the number of rows, at one tensor degree on one GPU type."""
+
+    points: tuple[LatencyPoint, ...]
+    scale: float
+
+    def ms(self, tokens: int) -> float:
+        """Milliseconds for `tokens` rows, between and beyond the measured points."""
+        return self.scale * _along_tokens(self.points, tokens)
+
+
+def latency_curve(profile: Profile, *, tensor: int, device: str = "") -> LatencyCurve:
+    """The measured points that count for a tensor degree on a GPU type.
 
     A tensor degree that was not measured takes the nearest measured one below it (no speed-up is made up), or the
-    smallest measured one scaled up if there is none below.
+    smallest measured one scaled up if there is none below. Raises KeyError for a type without times.
     """
-    measured = sorted({point.tensor for point in profile.latencies})
-    below = [degree for degree in measured if degree <= tensor]
-    degree = below[-1] if below else measured[0]
-    scale = 1.0 if below else measured[0] / tensor
-    points = sorted((p for p in profile.latencies if p.tensor == degree), key=lambda p: p.tokens)
-    return scale * _along_tokens(points, tokens)
+    points = profile.points["" if device == profile.device else device]
+    degree = max((measured for measured in points if measured <= tensor), default=None)
+    if degree is not None:
+        return LatencyCurve(points[degree], 1.0)
+    smallest = min(points)
+    return LatencyCurve(points[smallest], smallest / tensor)
 
 
-def _along_tokens(points: list[LatencyPoint], tokens: int) -> float:
+def layer_ms(profile: Profile, *, tokens: int, tensor: int, device: str = "") -> float:
+    """Milliseconds of one decoder layer for a forward of `tokens` rows, as `latency_curve` has it."""
+    return latency_curve(profile, tensor=tensor, device=device).ms(tokens)
+
+
+def _along_tokens(points: tuple[LatencyPoint, ...], tokens: int) -> float:
     """Piece-wise linear in the token count; flat below the first point, the last slope beyond the last one."""
     if tokens <= points[0].tokens or len(points) == 1:
         return points[0].layer_ms if tokens <= points[0].tokens else points[0].layer_ms * tokens / points[0].tokens
@@ -68,59 +113,109 @@ def _along_tokens(points: list[LatencyPoint], tokens: int) -> float:
     return max(low.layer_ms + slope * (tokens - low.tokens), points[0].layer_ms)
 
 
-def stage_ms(spec: ServingSpec, *, pipeline: int, tensor: int, tokens: int) -> float:
+def slowest_stage_ms(spec: ServingSpec, shape: PipelineShape, *, tokens: int) -> float:
     """Milliseconds that the slowest stage takes for a forward of `tokens` rows."""
-    layers = ceil(spec.model.num_layers / pipeline)
-    return layers * layer_ms(spec.profile, tokens=tokens, tensor=tensor) + spec.profile.stage_overhead_ms
+    return max(
+        stage.layers * layer_ms(spec.profile, tokens=tokens, tensor=shape.tensor, device=stage.device)
+        + spec.profile.stage_overhead_ms
+        for stage in set(shape.stages)
+    )
 
 
 def prefill_ms(spec: ServingSpec, *, pipeline: int, tensor: int, tokens: int) -> float:
-    """Milliseconds until the first token of a prompt of `tokens`, alone on the replica."""
-    return pipeline * stage_ms(spec, pipeline=pipeline, tensor=tensor, tokens=max(1, tokens))
+    """Milliseconds until the first token of a prompt of `tokens`, alone on a balanced replica."""
+    shape = balanced(spec.model, pipeline=pipeline, tensor=tensor)
+    return pipeline * slowest_stage_ms(spec, shape, tokens=max(1, tokens))
 
 
 def decode_ms(spec: ServingSpec, *, pipeline: int, tensor: int, running: int) -> float:
+    """Milliseconds per output token with `running` sequences spread over P micro-batches of a balanced replica."""
+    return pipeline_decode_ms(spec, balanced(spec.model, pipeline=pipeline, tensor=tensor), running=running)
+
+
+def pipeline_decode_ms(spec: ServingSpec, shape: PipelineShape, *, running: int) -> float:
     """Milliseconds per output token with `running` sequences spread over P micro-batches."""
-    rows = max(1, ceil(running / pipeline))
-    return pipeline * stage_ms(spec, pipeline=pipeline, tensor=tensor, tokens=rows)
+    rows = max(1, ceil(running / shape.pipeline))
+    return shape.pipeline * slowest_stage_ms(spec, shape, tokens=rows)
 
 
 def execution_ms(spec: ServingSpec, degrees: Degrees, workload: Workload, *, running: int) -> float:
-    """l_exe of the paper (section 2.1, equations 1 and 2) with `running` sequences on the replica."""
-    first = prefill_ms(spec, pipeline=degrees.pipeline, tensor=degrees.tensor, tokens=workload.prompt_tokens)
-    later = decode_ms(spec, pipeline=degrees.pipeline, tensor=degrees.tensor, running=running)
-    return first + workload.output_tokens * later
+    """l_exe of the paper (section 2.1, equations 1 and 2) with `running` sequences on a balanced replica."""
+    shape = balanced(spec.model, pipeline=degrees.pipeline, tensor=degrees.tensor)
+    return pipeline_execution_ms(spec, shape, workload, running=running)
+
+
+def pipeline_execution_ms(spec: ServingSpec, shape: PipelineShape, workload: Workload, *, running: int) -> float:
+    """l_exe with `running` sequences on one pipeline; in lockstep each stage takes as long as the slowest."""
+    first = shape.pipeline * slowest_stage_ms(spec, shape, tokens=max(1, workload.prompt_tokens))
+    return first + workload.output_tokens * pipeline_decode_ms(spec, shape, running=running)
 
 
 def throughput_rps(spec: ServingSpec, degrees: Degrees, workload: Workload) -> float:
-    """Requests per second that all replicas finish together when B sequences run on each."""
-    rows = max(1, ceil(degrees.max_running / degrees.pipeline))
-    prompt = stage_ms(spec, pipeline=degrees.pipeline, tensor=degrees.tensor, tokens=max(1, workload.prompt_tokens))
-    token = stage_ms(spec, pipeline=degrees.pipeline, tensor=degrees.tensor, tokens=rows)
-    # Fewer running sequences than stages leave stages idle: the pipeline is then as slow as its depth.
-    in_flight = min(degrees.max_running, degrees.pipeline)
-    per_token = token * degrees.pipeline / (in_flight * rows)
-    per_prompt = prompt * degrees.pipeline / in_flight
-    return degrees.data * 1000.0 / (per_prompt + workload.output_tokens * per_token)
+    """Requests per second that all replicas of equal, balanced pipelines finish when B sequences run on each."""
+    shape = balanced(spec.model, pipeline=degrees.pipeline, tensor=degrees.tensor)
+    return pool_throughput_rps(spec, Pool(shape, degrees.data, degrees.max_running), workload)
 
 
 def request_ms(spec: ServingSpec, degrees: Degrees, workload: Workload) -> float | None:
-    """l_req = waiting + execution at the given load; None if the configuration cannot serve it.
+    """l_req = waiting + execution of equal, balanced pipelines; None if they cannot serve the load."""
+    shape = balanced(spec.model, pipeline=degrees.pipeline, tensor=degrees.tensor)
+    return pools_request_ms(spec, (Pool(shape, degrees.data, degrees.max_running),), workload)
 
-    The wait is Sakasegawa's approximation of M/M/c with c = D * B servers.
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Equal replicas: how many of a pipeline, and how many sequences run at most on each."""
+
+    shape: PipelineShape
+    data: int
+    max_running: int
+
+
+def pool_throughput_rps(spec: ServingSpec, pool: Pool, workload: Workload) -> float:
+    """Requests per second that the replicas of a pool finish together when B sequences run on each."""
+    stages = pool.shape.pipeline
+    rows = max(1, ceil(pool.max_running / stages))
+    prompt = slowest_stage_ms(spec, pool.shape, tokens=max(1, workload.prompt_tokens))
+    token = slowest_stage_ms(spec, pool.shape, tokens=rows)
+    # Fewer running sequences than stages leave stages idle: the pipeline is then as slow as its depth.
+    in_flight = min(pool.max_running, stages)
+    per_token = token * stages / (in_flight * rows)
+    per_prompt = prompt * stages / in_flight
+    return pool.data * 1000.0 / (per_prompt + workload.output_tokens * per_token)
+
+
+def pools_request_ms(spec: ServingSpec, pools: Sequence[Pool], workload: Workload) -> float | None:
+    """Mean l_req over pools that share the load as their throughputs are; None if together they cannot serve it.
+
+    The wait of a pool is Sakasegawa's approximation of M/M/c with c = D * B servers.
     """
-    if workload.load_rps <= 0:
-        return execution_ms(spec, degrees, workload, running=1)
-    capacity = throughput_rps(spec, degrees, workload)
-    if capacity < SERVES_MARGIN * workload.load_rps:
+    capacities = [pool_throughput_rps(spec, pool, workload) for pool in pools]
+    capacity = sum(capacities)
+    if workload.load_rps > 0 and capacity < SERVES_MARGIN * workload.load_rps:
         return None
+    if len(pools) == 1:
+        return _pool_request_ms(spec, pools[0], workload, load_rps=workload.load_rps, capacity_rps=capacity)
+    total = 0.0
+    for pool, part in zip(pools, capacities, strict=True):
+        share = part / capacity
+        load_rps = share * workload.load_rps
+        total += share * _pool_request_ms(spec, pool, workload, load_rps=load_rps, capacity_rps=part)
+    return total
+
+
+def _pool_request_ms(
+    spec: ServingSpec, pool: Pool, workload: Workload, *, load_rps: float, capacity_rps: float
+) -> float:
+    if load_rps <= 0:
+        return pipeline_execution_ms(spec, pool.shape, workload, running=1)
     running = 1
     for _ in range(OCCUPANCY_ROUNDS):
-        busy_s = execution_ms(spec, degrees, workload, running=running) / 1000.0
-        running = min(degrees.max_running, max(1, ceil(workload.load_rps / degrees.data * busy_s)))
-    execution = execution_ms(spec, degrees, workload, running=running)
-    servers = degrees.data * degrees.max_running
-    utilisation = workload.load_rps / capacity
+        busy_s = pipeline_execution_ms(spec, pool.shape, workload, running=running) / 1000.0
+        running = min(pool.max_running, max(1, ceil(load_rps / pool.data * busy_s)))
+    execution = pipeline_execution_ms(spec, pool.shape, workload, running=running)
+    servers = pool.data * pool.max_running
+    utilisation = load_rps / capacity_rps
     crowding: float = utilisation ** (sqrt(2.0 * (servers + 1)) - 1.0)
     waiting = execution * crowding / (servers * (1.0 - utilisation))
     return waiting + execution

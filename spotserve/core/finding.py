@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from heapq import heapify, heappop, heappush
+from operator import or_
 from typing import Literal
 
 from spotserve.core.frozen import Frozen
 from spotserve.core.ids import GpuId, ReplicaId, StepId
 from spotserve.core.plan import Plan, Step
-from spotserve.core.slices import Shard, Slice, kv_head_range, parameter_of, row_bytes, shard_slices
-from spotserve.core.snapshot import InstanceView, Replica
+from spotserve.core.slices import Shard, Slice, kv_head_range, parameter_of, row_bytes, shard_ranges
+from spotserve.core.snapshot import Holding, InstanceView, Replica
+from spotserve.core.strict_json import shown
 
 Code = Literal[
     "coverage_hole",
@@ -39,8 +41,8 @@ class Finding(Frozen):
     message: str
 
     def line(self) -> str:
-        """`CODE step path: message`, a dash where no step is meant."""
-        return f"{self.code} {self.step or '-'} {self.path}: {self.message}"
+        """`CODE step path: message`, a dash where no step is meant; names are the file's, and so are made safe."""
+        return f"{self.code} {shown(self.step or '-', 80)} {shown(self.path, 200)}: {shown(self.message, 400)}"
 
 
 Interval = tuple[int, int]
@@ -67,6 +69,10 @@ class Facts:
         self.model = plan.spec.model
         self.world = plan.snapshot.world
         self._row_bytes: dict[str, int] = {}
+        self._owned: dict[Shard, Cells] = {}
+        self._cells_of: dict[int, Cells] = {}
+        self._held_bytes: dict[int, int] = {}
+        self._lacking: dict[tuple[int, Shard], tuple[Cells, int]] = {}
 
     @cached_property
     def living(self) -> dict[GpuId, InstanceView]:
@@ -128,14 +134,46 @@ class Facts:
     def held(self) -> dict[GpuId, Cells]:
         """Weight ranges that each living GPU holds."""
         result: dict[GpuId, Cells] = {}
+        of_shards: dict[tuple[Shard, ...], Cells] = {}
         for holding in self.world.holdings:
             if holding.gpu not in self.living:
                 continue
-            cells = result.setdefault(holding.gpu, {})
-            for shard in holding.shards:
-                add(cells, shard_slices(self.model, shard))
-            add(cells, holding.slices)
-        return {gpu: {key: merged(runs) for key, runs in cells.items()} for gpu, cells in result.items()}
+            if holding.gpu not in result and not holding.slices:
+                if holding.shards not in of_shards:
+                    of_shards[holding.shards] = self._together((), holding)
+                result[holding.gpu] = of_shards[holding.shards]
+            else:
+                result[holding.gpu] = self._together(result.get(holding.gpu, {}).items(), holding)
+        return result
+
+    def _together(self, runs_of: Iterable[tuple[tuple[str, int], list[Interval]]], holding: Holding) -> Cells:
+        """Runs, and all that a holding names beside them."""
+        cells: Cells = {key: list(runs) for key, runs in runs_of}
+        for shard in holding.shards:
+            for key, runs in self.owned(shard).items():
+                cells.setdefault(key, []).extend(runs)
+        add(cells, holding.slices)
+        return {key: merged(runs) for key, runs in cells.items()}
+
+    def lacking(self, seat: Seat) -> tuple[Cells, int]:
+        """What a position needs and its GPU does not hold, and the bytes of that."""
+        held = self.held.get(seat.gpu, {})
+        # GPUs with the same shards have the same cells, which live as long as these facts.
+        key = (id(held) if held else 0, seat.shard)
+        if key not in self._lacking:
+            needs = self.needs(seat).items()
+            cells = {name: left for name, runs in needs if (left := minus(runs, held.get(name, [])))}
+            self._lacking[key] = cells, self.cells_bytes(cells)
+        return self._lacking[key]
+
+    def held_bytes(self, gpu: GpuId) -> int:
+        """Bytes of the weights that a GPU holds."""
+        cells = self.held.get(gpu)
+        if not cells:
+            return 0
+        if id(cells) not in self._held_bytes:
+            self._held_bytes[id(cells)] = self.cells_bytes(cells)
+        return self._held_bytes[id(cells)]
 
     def seats(self, replica: Replica) -> tuple[Seat, ...]:
         """The positions of a replica, as its stages and the parameter table define them."""
@@ -156,7 +194,12 @@ class Facts:
     @cached_property
     def old_seat(self) -> dict[GpuId, Seat]:
         """The position each GPU leaves."""
-        return {seat.gpu: seat for replica in self.leaving.values() for seat in self.seats(replica)}
+        return {gpu: seat for seats in self.old_seats.values() for gpu, seat in seats.items()}
+
+    @cached_property
+    def old_seats(self) -> dict[ReplicaId, dict[GpuId, Seat]]:
+        """The positions of each replica that leaves."""
+        return {name: {seat.gpu: seat for seat in self.seats(one)} for name, one in self.leaving.items()}
 
     @cached_property
     def new_seat(self) -> dict[GpuId, Seat]:
@@ -165,9 +208,15 @@ class Facts:
 
     def needs(self, seat: Seat) -> Cells:
         """The weight ranges of a position."""
-        cells: Cells = {}
-        add(cells, shard_slices(self.model, seat.shard))
-        return cells
+        return self.owned(seat.shard)
+
+    def owned(self, shard: Shard) -> Cells:
+        """The weight ranges of a shard."""
+        if shard not in self._owned:
+            self._owned[shard] = {
+                (name, parameter.dim): list(ranges) for name, parameter, ranges in shard_ranges(self.model, shard)
+            }
+        return self._owned[shard]
 
     def pool_bytes(self, replica: Replica, seat: Seat) -> int:
         """Bytes of a position's KV pool."""
@@ -177,39 +226,63 @@ class Facts:
         """Bytes of the keys and values of one token in a rectangle."""
         return 2 * (layers[1] - layers[0]) * (heads[1] - heads[0]) * self.model.head_dim * self.model.element_bytes
 
+    def cells_of(self, slices: tuple[Slice, ...]) -> Cells:
+        """The runs of a step's slices. They are those of one plan, which holds the very tuple, so its id names it."""
+        if id(slices) not in self._cells_of:
+            self._cells_of[id(slices)] = {}
+            add(self._cells_of[id(slices)], slices)
+        return self._cells_of[id(slices)]
+
     def slice_bytes(self, slices: Iterable[Slice]) -> int:
         """Bytes of some slices. Raises KeyError for a parameter that the table does not have."""
         total = 0
         for piece in slices:
-            if piece.parameter not in self._row_bytes:
-                self._row_bytes[piece.parameter] = row_bytes(self.model, parameter_of(self.model, piece.parameter))
-            total += (piece.stop - piece.start) * self._row_bytes[piece.parameter]
+            total += (piece.stop - piece.start) * self._row(piece.parameter)
         return total
+
+    def _row(self, name: str) -> int:
+        """Bytes of one index of a parameter's split dimension."""
+        if name not in self._row_bytes:
+            self._row_bytes[name] = row_bytes(self.model, parameter_of(self.model, name))
+        return self._row_bytes[name]
 
     def cells_bytes(self, cells: Cells) -> int:
         """Bytes of disjoint runs."""
         return sum(
-            self.slice_bytes(Slice(parameter=name, dim=dim, start=a, stop=b) for a, b in runs)
-            for (name, dim), runs in cells.items()
+            self._row(name) * sum(stop - start for start, stop in runs) for (name, _), runs in cells.items() if runs
         )
 
     def moving_tokens(self, replica: ReplicaId) -> tuple[int, int]:
         """KV tokens and choices that move away from a replica."""
+        return self._moving.get(replica, (0, 0))
+
+    @cached_property
+    def _moving(self) -> dict[ReplicaId, tuple[int, int]]:
+        """`moving_tokens` of every replica."""
         moving = {action.request for action in self.plan.requests if action.action == "move"}
-        mine = [r for r in self.plan.snapshot.requests if r.replica == replica and r.request in moving]
-        tokens = sum(choice.kv_tokens for request in mine for choice in request.choices)
-        return tokens, sum(max(1, len(request.choices)) for request in mine)
+        result: dict[ReplicaId, tuple[int, int]] = {}
+        for request in self.plan.snapshot.requests:
+            if request.replica is not None and request.request in moving:
+                tokens, choices = result.get(request.replica, (0, 0))
+                tokens += sum(choice.kv_tokens for choice in request.choices)
+                result[request.replica] = tokens, choices + max(1, len(request.choices))
+        return result
 
     @cached_property
     def ancestors(self) -> dict[StepId, int]:
         """For each step the bit set of all it depends on, directly or not (empty where a cycle hides it)."""
         bits = self._bits
         result: dict[StepId, int] = {}
+        known: dict[tuple[StepId, ...], int] = {}
         for step in self.in_order:
-            reach = 0
-            for name in step.depends_on:
-                if name in result:
-                    reach |= bits[name] | result[name]
+            reach = known.get(step.depends_on)
+            if reach is None:
+                reach = 0
+                for name in step.depends_on:
+                    if name in result:
+                        reach |= bits[name] | result[name]
+                if len(bits) == len(self.plan.steps):  # No id is there twice, so that a name means one step.
+                    known[step.depends_on] = reach
             result[step.id] = reach
         return result
 
@@ -221,6 +294,8 @@ class Facts:
     def in_order(self) -> tuple[Step, ...]:
         """The steps in topological order, file order where it is one; steps on or behind a cycle are left out."""
         number = {step.id: index for index, step in enumerate(self.plan.steps)}
+        if len(number) == len(self.plan.steps) and self._is_in_order(number):
+            return self.plan.steps
         blocked = {i: {n for n in step.depends_on if n in number} for i, step in enumerate(self.plan.steps)}
         followers: dict[StepId, list[int]] = {}
         for index, names in blocked.items():
@@ -233,14 +308,35 @@ class Facts:
             step = self.plan.steps[heappop(ready)]
             result.append(step)
             for index in followers.get(step.id, ()):
+                if step.id not in blocked[index]:
+                    continue  # Another step of the same id came first; that has its own finding.
                 blocked[index].discard(step.id)
                 if not blocked[index]:
                     heappush(ready, index)
         return tuple(result)
 
+    def _is_in_order(self, known: Container[StepId]) -> bool:
+        """Whether the file's order is topological already."""
+        seen: set[StepId] = set()
+        for step in self.plan.steps:
+            if not seen.issuperset(step.depends_on) and any(n in known and n not in seen for n in step.depends_on):
+                return False
+            seen.add(step.id)
+        return True
+
     def follows(self, later: Step, earlier: Step) -> bool:
         """Whether `later` depends on `earlier`, directly or not."""
         return bool(self.ancestors.get(later.id, 0) & self._bits[earlier.id])
+
+    def unawaited(self, later: Step, earlier: Sequence[Step], mask: int) -> Sequence[Step]:
+        """Those of `earlier`, whose `mask` it is, that `later` does not depend on."""
+        if not mask & ~self.ancestors.get(later.id, 0):
+            return ()
+        return [step for step in earlier if not self.follows(later, step)]
+
+    def mask(self, steps: Iterable[Step]) -> int:
+        """The bit set of some steps."""
+        return reduce(or_, (self._bits[step.id] for step in steps), 0)
 
 
 def add(cells: Cells, slices: Iterable[Slice]) -> None:
@@ -251,8 +347,11 @@ def add(cells: Cells, slices: Iterable[Slice]) -> None:
 
 def merged(runs: Iterable[Interval]) -> list[Interval]:
     """Sorted disjoint runs with the same union."""
+    ordered = sorted(runs)
+    if len(ordered) < 2:
+        return ordered
     result: list[Interval] = []
-    for start, stop in sorted(runs):
+    for start, stop in ordered:
         if result and start <= result[-1][1]:
             result[-1] = (result[-1][0], max(stop, result[-1][1]))
         else:
@@ -262,17 +361,24 @@ def merged(runs: Iterable[Interval]) -> list[Interval]:
 
 def overlap(runs: Iterable[Interval]) -> Interval | None:
     """The first place where two runs overlap, None if they are disjoint."""
+    ordered = sorted(runs)
+    if len(ordered) < 2:
+        return None
     reach = None
-    for start, stop in sorted(runs):
+    for start, stop in ordered:
         if reach is not None and start < reach:
             return start, min(stop, reach)
         reach = stop if reach is None else max(reach, stop)
     return None
 
 
-def minus(runs: Iterable[Interval], taken: Iterable[Interval]) -> list[Interval]:
+def minus(runs: Iterable[Interval], taken: Sequence[Interval]) -> list[Interval]:
     """What of `runs` no run of `taken` covers."""
     left = merged(runs)
+    if len(left) == len(taken) == 1 and taken[0][0] <= left[0][0] and left[0][1] <= taken[0][1]:
+        return []
     for low, high in taken:
+        if not left:
+            break
         left = [part for a, b in left for part in ((a, min(b, low)), (max(a, high), b)) if part[0] < part[1]]
     return left

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NewType
 
 InstanceId = NewType("InstanceId", str)
@@ -20,6 +21,7 @@ StepId = NewType("StepId", str)
 """`s1`, `s2`, …: one step of one plan."""
 
 
+@lru_cache(maxsize=65536)
 def instance_of(gpu: GpuId) -> InstanceId:
     """The instance that a GPU sits in."""
     return InstanceId(gpu.split("/", 1)[0])

@@ -18,11 +18,16 @@ LogFormat = Literal["console", "json"]
 
 POLICY_NAMES = ("live", "reroute", "reparallelize")
 SOLVER_NAMES: dict[str, tuple[str, ...]] = {
-    "configure": ("cpsat", "enumerate"),
-    "place": ("makespan", "assignment", "hungarian", "in_order"),
-    "migrate": ("maxflow", "layered", "first_holder"),
+    "configure": ("cpsat", "enumerate", "paper", "paper-as-published"),
+    "place": ("makespan", "reuse", "paper", "rank-order"),
+    "migrate": ("layered", "maxflow", "prefix_lp", "first_holder", "paper"),
+    "arrange": ("scan", "paper"),
+    "ladder": ("priced", "longest_first"),
 }
 """By kind. The registry in solvers/ brings ortools, which the coordinator never loads; a test keeps the two equal."""
+NOT_IN_PLANS = {"fleet": "decides what to buy, and no cloud of this daemon sells"}
+"""Kinds of solvers that a plan has no use for, and why."""
+
 LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 

@@ -24,6 +24,7 @@ Reason = Literal[
     "holder_doomed",
     "holder_alive",
     "no_holder",
+    "ports_full",
     "request_moves",
     "replica_changes",
     "replica_retires",
@@ -39,8 +40,8 @@ Reason = Literal[
 class EpochChange(Frozen):
     """The epoch the plan starts from and the one its commit begins."""
 
-    from_: int = Field(alias="from")
-    to: int
+    from_: int = Field(alias="from", ge=0)
+    to: int = Field(ge=0)
 
 
 class Trigger(Frozen):
@@ -48,7 +49,7 @@ class Trigger(Frozen):
 
     kind: Literal["start", "notice", "lost", "joined", "load"]
     instances: tuple[InstanceId, ...] = ()
-    remaining_s: float | None = None
+    remaining_s: float | None = Field(default=None, ge=0)
 
 
 class KvRoute(Frozen):

@@ -7,7 +7,8 @@ over M=3 are 3/3/2; kv heads are the cover of the rank's q heads and so may be h
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from math import prod
 
 from spotserve.core.frozen import Frozen
@@ -39,6 +40,7 @@ class Shard(Frozen):
     last: bool
 
 
+@lru_cache(maxsize=4096)
 def split_evenly(count: int, parts: int) -> tuple[tuple[int, int], ...]:
     """`count` things in `parts` contiguous half-open runs; the first `count % parts` runs get one more."""
     quotient, remainder = divmod(count, parts)
@@ -139,9 +141,19 @@ def shard_slices(model: ModelSpec, shard: Shard) -> tuple[Slice, ...]:
     """Every range a position owns, in a fixed order."""
     return tuple(
         Slice(parameter=name, dim=parameter.dim, start=start, stop=stop)
-        for name, parameter in concrete_parameters(model, shard)
-        for start, stop in parameter_slices(model, parameter, tensor=shard.tensor, rank=shard.rank)
+        for name, parameter, ranges in shard_ranges(model, shard)
+        for start, stop in ranges
     )
+
+
+def shard_ranges(model: ModelSpec, shard: Shard) -> Iterator[tuple[str, Parameter, tuple[tuple[int, int], ...]]]:
+    """Each concrete parameter of a shard with its table row and the ranges that the position owns, in a fixed order."""
+    owned = {
+        parameter.name: parameter_slices(model, parameter, tensor=shard.tensor, rank=shard.rank)
+        for parameter in model.parameters
+    }
+    for name, parameter in concrete_parameters(model, shard):
+        yield name, parameter, owned[parameter.name]
 
 
 def parameter_of(model: ModelSpec, name: str) -> Parameter:
@@ -160,9 +172,11 @@ def row_bytes(model: ModelSpec, parameter: Parameter) -> int:
 
 def shard_bytes(model: ModelSpec, shard: Shard) -> int:
     """Weight bytes of a position."""
+    times = {"first": int(shard.first), "layer": len(range(*shard.layers)), "last": int(shard.last)}
     return sum(
-        (stop - start) * row_bytes(model, parameter)
-        for _, parameter in concrete_parameters(model, shard)
+        times[parameter.stage] * (stop - start) * row_bytes(model, parameter)
+        for parameter in model.parameters
+        if times[parameter.stage]
         for start, stop in parameter_slices(model, parameter, tensor=shard.tensor, rank=shard.rank)
     )
 
@@ -187,6 +201,8 @@ def subtract(wanted: Sequence[tuple[int, int]], held: Sequence[tuple[int, int]])
     """What of `wanted` is not in `held`."""
     left = list(wanted)
     for start, stop in held:
+        if not left:
+            break
         left = [piece for a, b in left for piece in ((a, min(b, start)), (max(a, stop), b)) if piece[0] < piece[1]]
     return left
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Literal
 
 from pydantic import Field
@@ -13,12 +15,16 @@ from spotserve.core.slices import Shard, Slice
 InstanceState = Literal["requested", "joining", "ready", "doomed", "gone"]
 Market = Literal["spot", "ondemand"]
 
+ENDED_STATES = frozenset({"finished", "cancelled", "failed"})
+"""Request states that nothing follows."""
+
 
 class Gpu(Frozen):
-    """One GPU: its id and the memory budget a plan may use."""
+    """One GPU: its id, the memory budget a plan may use, and its type (empty: the profile's own device)."""
 
     id: GpuId
     memory_bytes: int = Field(gt=0)
+    type: str = Field(default="", exclude_if=lambda gpu_type: not gpu_type)
 
 
 class InstanceView(Frozen):
@@ -28,7 +34,7 @@ class InstanceView(Frozen):
     state: InstanceState
     market: Market = "spot"
     gpus: tuple[Gpu, ...] = ()
-    remaining_s: float | None = None
+    remaining_s: float | None = Field(default=None, ge=0)
 
 
 class Stage(Frozen):
@@ -62,7 +68,7 @@ class Replica(Frozen):
         """Stage 0, rank 0: the rank that schedules."""
         return self.stages[0].gpus[0]
 
-    @property
+    @cached_property
     def gpus(self) -> tuple[GpuId, ...]:
         """All GPUs, stage by stage, rank by rank: mesh rank order."""
         return tuple(gpu for stage in self.stages for gpu in stage.gpus)
@@ -79,10 +85,10 @@ class Holding(Frozen):
 class ChoiceProgress(Frozen):
     """One choice of a request: tokens generated so far and tokens with KV in place (prompt included)."""
 
-    choice: int
-    kv_generation: int
-    tokens: int
-    kv_tokens: int
+    choice: int = Field(ge=0)
+    kv_generation: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    kv_tokens: int = Field(ge=0)
 
 
 class RequestProgress(Frozen):
@@ -91,18 +97,28 @@ class RequestProgress(Frozen):
     request: RequestId
     replica: ReplicaId | None
     state: str
-    prompt_tokens: int
-    max_tokens: int
+    prompt_tokens: int = Field(ge=0)
+    max_tokens: int = Field(ge=0)
     choices: tuple[ChoiceProgress, ...] = ()
 
 
 class World(Frozen):
     """Membership, layout and weight placement: what `snapshot_digest` covers."""
 
-    epoch: int
+    epoch: int = Field(ge=0)
     instances: tuple[InstanceView, ...]
     replicas: tuple[Replica, ...]
     holdings: tuple[Holding, ...] = ()
+
+    @cached_property
+    def gpu_types(self) -> Mapping[GpuId, str]:
+        """The type of each GPU that is said to have one."""
+        return {gpu.id: gpu.type for instance in self.instances for gpu in instance.gpus if gpu.type}
+
+    @cached_property
+    def positions(self) -> Mapping[GpuId, tuple[Replica, int]]:
+        """The replica that each GPU belongs to, and its mesh rank there."""
+        return {gpu: (one, index) for one in reversed(self.replicas) for index, gpu in enumerate(one.gpus)}
 
 
 class Snapshot(Frozen):
@@ -111,5 +127,14 @@ class Snapshot(Frozen):
     world: World
     requests: tuple[RequestProgress, ...] = ()
     load_rps: float = Field(default=0.0, ge=0)
-    next_epoch: int | None = None
+    next_epoch: int | None = Field(default=None, ge=0)
     """The first epoch that no run has used, aborted ones included; None: the one after the world's."""
+
+    @cached_property
+    def live_requests(self) -> Mapping[ReplicaId, tuple[RequestProgress, ...]]:
+        """The requests of each replica that have not ended, by id."""
+        live: dict[ReplicaId, list[RequestProgress]] = {}
+        for progress in sorted(self.requests, key=lambda progress: progress.request):
+            if progress.replica is not None and progress.state not in ENDED_STATES:
+                live.setdefault(progress.replica, []).append(progress)
+        return {replica: tuple(requests) for replica, requests in live.items()}

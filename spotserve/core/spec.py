@@ -6,6 +6,8 @@ simulator then read shapes and cuts from here alone (design section 3).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -95,7 +97,11 @@ class ModelSpec(Frozen):
 
     def axis(self, name: str) -> Axis:
         """The axis called `name`."""
-        return next(axis for axis in self.axes if axis.name == name)
+        return self._axis_of[name]
+
+    @cached_property
+    def _axis_of(self) -> Mapping[str, Axis]:
+        return {axis.name: axis for axis in reversed(self.axes)}
 
     @property
     def element_bytes(self) -> int:
@@ -111,8 +117,16 @@ class LatencyPoint(Frozen):
     layer_ms: float = Field(gt=0)
 
 
+class DeviceProfile(Frozen):
+    """Measured times of a GPU type beside the profile's own, and what such a GPU costs."""
+
+    type: str = Field(min_length=1)
+    latencies: tuple[LatencyPoint, ...] = Field(min_length=1)
+    price_per_hour: float = Field(default=1.0, gt=0)
+
+
 class Profile(Frozen):
-    """Measured times and rates the cost model works with."""
+    """Measured times and rates the cost model works with; `devices` are the GPU types beside `device`."""
 
     name: str
     source: str
@@ -123,6 +137,41 @@ class Profile(Frozen):
     storage_bytes_per_s: float = Field(gt=0)
     round_trip_s: float = Field(default=0.002, ge=0)
     start_s: float = Field(default=5.0, ge=0)
+    price_per_hour: float = Field(default=1.0, gt=0, exclude_if=lambda price: price == 1.0)
+    devices: tuple[DeviceProfile, ...] = Field(default=(), exclude_if=lambda devices: not devices)
+
+    @model_validator(mode="after")
+    def _types_once(self) -> Profile:
+        types = [self.device, *(device.type for device in self.devices)]
+        if len(set(types)) < len(types):
+            raise ValueError(f"GPU types {types} are not each named once")
+        return self
+
+    def device_of(self, gpu_type: str) -> DeviceProfile | None:
+        """The times of another GPU type; None for the profile's own. Raises KeyError for a type without times."""
+        if gpu_type in ("", self.device):
+            return None
+        for device in self.devices:
+            if device.type == gpu_type:
+                return device
+        raise KeyError(gpu_type)
+
+    @cached_property
+    def points(self) -> Mapping[str, Mapping[int, tuple[LatencyPoint, ...]]]:
+        """Measured points by GPU type (empty: the profile's own) and tensor degree, fewest tokens first."""
+        by_type = {"": self.latencies, **{device.type: device.latencies for device in self.devices}}
+        return {
+            name: {
+                degree: tuple(sorted((p for p in latencies if p.tensor == degree), key=lambda p: p.tokens))
+                for degree in sorted({point.tensor for point in latencies})
+            }
+            for name, latencies in by_type.items()
+        }
+
+    def price_of(self, gpu_type: str) -> float:
+        """What a GPU of a type costs per hour, in one currency for all types."""
+        device = self.device_of(gpu_type)
+        return self.price_per_hour if device is None else device.price_per_hour
 
 
 class Limits(Frozen):

@@ -413,7 +413,8 @@ class LiveWorld:
         except SpotServeError as error:
             self.emit(ev.PlanFailed(at_s=self.at_s(), command=command_id, error=error.message))
             return
-        findings = self.findings(plan)
+        # A large plan takes the checker a while, in which heartbeats go on.
+        findings = await asyncio.to_thread(self.findings, plan)
         blocking = [finding for finding in findings if finding.code != "past_deadline"]
         if blocking:
             first = blocking[0]

@@ -408,6 +408,8 @@ class VirtualWorld:
     def _check_brought(self, virtual: VirtualReplica, request: RequestId, choices: set[int]) -> None:
         """A leader is told of no KV that some copy has not brought."""
         for epoch, plan in self.plans.items():
+            if epoch in self.aborted:
+                continue  # What it copied counts for nothing; the run behind it copies again.
             for step in plan.steps:
                 if not isinstance(step, CopyKvDelta) or step.route.to_replica != virtual.replica.id:
                     continue

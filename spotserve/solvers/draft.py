@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from spotserve.core.cost import decode_ms, sequence_blocks
 from spotserve.core.ids import GpuId, ReplicaId
 from spotserve.core.plan import Mode, PlanningProblem, RequestAction, Route
 from spotserve.core.slices import Shard, kv_block_bytes, kv_token_bytes
-from spotserve.core.snapshot import Replica, RequestProgress
-from spotserve.solvers.migrate import KvTransfer, Transfer
+from spotserve.core.snapshot import Replica
+from spotserve.solvers.migrate.kv import KvTransfer
+from spotserve.solvers.migrate.sources import Transfer
 from spotserve.solvers.ranges import Catalog, Ranges, Rectangle, shard_at
 from spotserve.solvers.view import View, kv_tokens, natural_key, requests_of
 
@@ -39,6 +38,8 @@ class Draft:
     kept_blocks: Mapping[ReplicaId, int] = field(default_factory=dict)
     """in_place only: blocks to which an old KV pool shrinks and that stay until the new pools have their content; the
     pools of replicas that are not named here go before anything comes."""
+    layer_by_layer: tuple[str, ...] | None = None
+    """Weights go one layer after the other in this order, all KV before them (SpotServe, section 3.4)."""
 
     @property
     def target(self) -> tuple[Replica, ...]:
@@ -95,11 +96,12 @@ def inherited_pool(catalog: Catalog, problem: PlanningProblem, gpu: GpuId, shard
 
     The pool then counts once, if both generations have the same number of blocks; its KV is not copied at all.
     """
-    for replica in problem.snapshot.world.replicas:
-        if gpu in replica.gpus:
-            held = catalog.kv_rectangle(shard_at(catalog.model, replica, replica.gpus.index(gpu)))
-            return replica if held == catalog.kv_rectangle(shard) else None
-    return None
+    position = problem.snapshot.world.positions.get(gpu)
+    if position is None:
+        return None
+    replica, index = position
+    held = catalog.kv_rectangle(shard_at(catalog.model, replica, index))
+    return replica if held == catalog.kv_rectangle(shard) else None
 
 
 def route_requests(
@@ -144,95 +146,3 @@ def complete_routes(
             expected[heir] += len(requests_of(problem, replica.id))
         routes.append(Route(from_replica=replica.id, to_replica=heir))
     return tuple(routes)
-
-
-def decide_requests(
-    problem: PlanningProblem,
-    view: View,
-    affected: tuple[Replica, ...],
-    routes: tuple[Route, ...],
-    target: tuple[Replica, ...],
-    *,
-    may_move: bool,
-    hottest: int | None,
-    stay_s: float,
-) -> tuple[RequestAction, ...]:
-    """Finish, move or recompute each request of an affected replica.
-
-    The requests furthest along move first while B and the KV pool of the target hold them; `hottest` bounds how many
-    move at all. Of those left, one that ends within `stay_s` finishes where it is: the stop waits that long for it.
-    """
-    heir = {route.from_replica: route.to_replica for route in routes}
-    room = {replica.id: _room(problem, replica) for replica in target}
-    lost = {replica.id for replica in view.lost}
-    waiting = [(replica, request) for replica in affected for request in requests_of(problem, replica.id)]
-    waiting.sort(key=lambda pair: (-kv_tokens(pair[1]), pair[1].request))
-    actions, moved = [], 0
-    for replica, request in waiting:
-        to_replica = heir.get(replica.id)
-        action = "recompute"
-        if replica.id not in lost and to_replica is not None and may_move:
-            if (hottest is None or moved < hottest) and _take(problem, room[to_replica], request):
-                action, moved = "move", moved + 1
-            elif _seconds_left(problem, replica, request) <= stay_s:
-                action = "finish"
-        actions.append(
-            RequestAction.model_validate({"request": request.request, "action": action, "to_replica": to_replica})
-        )
-    return tuple(sorted(actions, key=lambda action: action.request))
-
-
-@dataclass(slots=True)
-class _Room:
-    """What a target replica can still take."""
-
-    sequences: int
-    blocks: int
-
-
-def _room(problem: PlanningProblem, replica: Replica) -> _Room:
-    own = requests_of(problem, replica.id)
-    return _Room(
-        replica.max_running - sum(max(1, len(request.choices)) for request in own),
-        replica.kv_blocks - sum(_blocks(problem, request) for request in own),
-    )
-
-
-def _blocks(problem: PlanningProblem, request: RequestProgress) -> int:
-    """KV cache blocks a request occupies, with one to grow into per choice."""
-    limits = problem.spec.limits
-    tokens = [choice.kv_tokens for choice in request.choices] or [0]
-    return sum(min(sequence_blocks(limits), count // limits.kv_block_tokens + 1) for count in tokens)
-
-
-def _take(problem: PlanningProblem, room: _Room, request: RequestProgress) -> bool:
-    sequences, blocks = max(1, len(request.choices)), _blocks(problem, request)
-    if sequences > room.sequences or blocks > room.blocks:
-        return False
-    room.sequences -= sequences
-    room.blocks -= blocks
-    return True
-
-
-def _seconds_left(problem: PlanningProblem, replica: Replica, request: RequestProgress) -> float:
-    """How long a decoding request still needs where it is; for ever if it does not decode yet."""
-    if request.state != "decoding" or not request.choices:
-        return math.inf
-    left = max(request.max_tokens - choice.tokens for choice in request.choices)
-    running = max(1, len(requests_of(problem, replica.id)))
-    token_ms = decode_ms(problem.spec, pipeline=replica.pipeline, tensor=replica.tensor, running=running)
-    return left * token_ms / 1000.0
-
-
-def finishing_s(problem: PlanningProblem, affected: tuple[Replica, ...], actions: tuple[RequestAction, ...]) -> float:
-    """How long the slowest of the requests that finish where they are needs; 0 if there is none."""
-    finishing = {action.request for action in actions if action.action == "finish"}
-    return max(
-        (
-            _seconds_left(problem, replica, request)
-            for replica in affected
-            for request in requests_of(problem, replica.id)
-            if request.request in finishing
-        ),
-        default=0.0,
-    )

@@ -9,6 +9,7 @@ from spotserve.core.ids import GpuId
 from spotserve.core.plan import PlanningProblem
 from spotserve.core.snapshot import Holding, Replica
 from spotserve.core.spec import ModelSpec, ServingSpec, weight_copies
+from spotserve.solvers.gpu_kinds import types_of
 from spotserve.solvers.ranges import Catalog, Ranges
 from spotserve.solvers.registry import chosen_solvers
 from spotserve.solvers.view import View, kv_tokens, look, natural_key, requests_of
@@ -16,7 +17,7 @@ from spotserve.solvers.view import View, kv_tokens, look, natural_key, requests_
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """The problem, who stays and who goes, what every GPU holds, and which solvers were asked for."""
+    """The problem, who stays and who goes, what every GPU holds and is, and which solvers were asked for."""
 
     problem: PlanningProblem
     view: View
@@ -24,6 +25,7 @@ class Facts:
     solvers: Mapping[str, str]
     holdings: Mapping[GpuId, Holding]
     held: Mapping[GpuId, Ranges]
+    types: Mapping[GpuId, str]
 
     @property
     def spec(self) -> ServingSpec:
@@ -39,6 +41,11 @@ class Facts:
     def copies(self) -> int:
         """How often weights take memory."""
         return weight_copies(self.problem.spec.linear)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether a GPU that stays is of another type than the profile's own."""
+        return any(self.types[gpu] for gpu in self.view.staying)
 
     @property
     def policy(self) -> str:
@@ -57,7 +64,7 @@ class Facts:
 
 
 def gather(problem: PlanningProblem) -> Facts:
-    """The facts of a problem. Raises SpecError for an unknown solver."""
+    """The facts of a problem. Raises SpecError for an unknown solver or GPU type."""
     catalog = Catalog(problem.spec.model)
     holdings = {holding.gpu: holding for holding in problem.snapshot.world.holdings}
     return Facts(
@@ -67,4 +74,5 @@ def gather(problem: PlanningProblem) -> Facts:
         solvers=chosen_solvers(problem.spec.solvers),
         holdings=holdings,
         held={gpu: catalog.held(holding) for gpu, holding in sorted(holdings.items())},
+        types=types_of(problem.snapshot.world, problem.spec.profile),
     )

@@ -1,41 +1,87 @@
-"""In which order layers move when memory is short (SpotServe, ASPLOS'24, Algorithm 2).
-
-A layer's move first takes room at its receivers, then frees it at its former holders. Front layers first while the
-room lasts; when none fits, the one that leaves the fullest GPU least full, and only if even that fits.
-"""
+"""What a draft frees, and in which order its layers move when memory is short."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from spotserve.core.ids import GpuId
+from spotserve.core.snapshot import Replica
+from spotserve.solvers.draft import Draft
+from spotserve.solvers.migrate.memory import LayerChange, memory_problem, peak_of
+from spotserve.solvers.migrate.pieces import front_first, layer_of
+from spotserve.solvers.paper.layers import published_order
+from spotserve.solvers.ranges import Catalog, Ranges, shard_at, without
 
 
 @dataclass(frozen=True, slots=True)
-class LayerChange:
-    """Bytes each GPU receives and may free when one layer moves."""
+class Gone:
+    """Weights that a GPU holds and its new position, if any, does not need; equal ones are one object."""
 
-    layer: str
-    incoming: Mapping[GpuId, int]
-    freed: Mapping[GpuId, int]
+    ranges: Ranges
+    by_layer: Mapping[str, Ranges]
+    bytes_by_layer: Mapping[str, int]
 
 
-def order_layers(changes: Sequence[LayerChange], free_bytes: Mapping[GpuId, int]) -> tuple[str, ...] | None:
-    """An order in which no GPU ever runs out of `free_bytes`, or None when this greedy rule finds none."""
-    free = dict(free_bytes)
-    waiting = list(changes)
-    order: list[str] = []
-    while waiting:
-        fitting = [change for change in waiting if all(free[gpu] >= size for gpu, size in change.incoming.items())]
-        if not fitting:
-            return None
-        # A move that frees more than it takes is never wrong; otherwise the front layer, whose stage can start.
-        chosen = next((c for c in fitting if sum(c.freed.values()) > sum(c.incoming.values())), fitting[0])
-        for gpu, size in chosen.incoming.items():
-            free[gpu] -= size
-        for gpu, size in chosen.freed.items():
-            free[gpu] = free.get(gpu, 0) + size
-        order.append(chosen.layer)
-        waiting.remove(chosen)
-    return tuple(order)
+def new_ranges(catalog: Catalog, seats: Mapping[GpuId, Replica], gpu: GpuId) -> Ranges:
+    """What a GPU's position in a new replica owns; nothing if it has none."""
+    replica = seats.get(gpu)
+    return {} if replica is None else catalog.owned(shard_at(catalog.model, replica, replica.gpus.index(gpu)))
+
+
+def gone_weights(catalog: Catalog, draft: Draft) -> dict[GpuId, Gone]:
+    """What each living GPU of an affected replica may free."""
+    seats = {gpu: replica for replica in draft.fresh for gpu in replica.gpus}
+    nothing: Ranges = {}
+    known: dict[tuple[int, int], Gone] = {}
+    result = {}
+    for gpu in draft.old_position:
+        held = draft.held.get(gpu, nothing)
+        needed = nothing if draft.released_first or gpu not in seats else new_ranges(catalog, seats, gpu)
+        key = id(held), id(needed)
+        if key not in known:
+            known[key] = _gone(catalog, without(held, needed) if needed else held)
+        result[gpu] = known[key]
+    return result
+
+
+def _gone(catalog: Catalog, ranges: Ranges) -> Gone:
+    by_layer: dict[str, Ranges] = defaultdict(dict)
+    for name, runs in ranges.items():
+        by_layer[layer_of(name)][name] = runs
+    return Gone(ranges, dict(by_layer), {layer: catalog.bytes(part) for layer, part in by_layer.items()})
+
+
+def layer_changes(catalog: Catalog, draft: Draft) -> tuple[LayerChange, ...]:
+    """Per layer, what each GPU receives and what it may free once the layer has moved; front layers first."""
+    incoming: dict[str, dict[GpuId, int]] = defaultdict(lambda: defaultdict(int))
+    freed: dict[str, dict[GpuId, int]] = defaultdict(dict)
+    for transfer in draft.transfers:
+        for part in transfer.parts:
+            incoming[part.layer][transfer.destination] += part.bytes
+    for gpu, gone in gone_weights(catalog, draft).items():
+        for layer, size in gone.bytes_by_layer.items():
+            freed[layer][gpu] = size
+    layers = sorted({*incoming, *freed}, key=lambda layer: front_first(catalog.model, layer))
+    return tuple(LayerChange(layer, dict(incoming[layer]), dict(freed[layer])) for layer in layers)
+
+
+def published_layers(catalog: Catalog, draft: Draft, *, memory: Mapping[GpuId, int]) -> tuple[str, ...]:
+    """The order of Algorithm 2 as printed (SpotServe, section 3.4), U_max being the least memory left on any GPU.
+
+    Nothing says that it fits: the paper's last resort is the least maximum, whatever it is.
+    """
+    changes = layer_changes(catalog, draft)
+    gpus = sorted({gpu for change in changes for gpu in (*change.incoming, *change.freed)})
+    growth = [[change.incoming.get(gpu, 0) - change.freed.get(gpu, 0) for change in changes] for gpu in gpus]
+    if not growth:
+        return tuple(change.layer for change in changes)
+    bound = min(memory[gpu] for gpu in gpus if gpu in memory)
+    return tuple(changes[layer].layer for layer in published_order(growth, bound=bound).order)
+
+
+def peak_bytes(changes: Sequence[LayerChange], order: Sequence[str], memory: Mapping[GpuId, int]) -> int:
+    """By how many bytes the fullest GPU passes its free memory while the layers move in an order; 0 or less fits."""
+    place = {change.layer: number for number, change in enumerate(changes)}
+    return peak_of(memory_problem(changes, memory), [place[layer] for layer in order])

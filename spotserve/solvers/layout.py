@@ -6,18 +6,30 @@ what the old generation still holds (live) or without it (in_place).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from spotserve.core.cost import kv_blocks_within, least_kv_blocks, most_kv_blocks, replica_shards, running_bound
+import numpy as np
+
+from spotserve.core.cost import (
+    PipelineShape,
+    kv_blocks_within,
+    least_kv_blocks,
+    most_kv_blocks,
+    replica_shards,
+    running_bound,
+)
 from spotserve.core.ids import GpuId, ReplicaId
 from spotserve.core.plan import Route, SolverReport
 from spotserve.core.slices import Shard, kv_block_bytes, layer_split
 from spotserve.core.snapshot import Replica, Stage
 from spotserve.solvers.draft import Draft, complete_routes, inherited_pool, pool_bytes, route_requests
 from spotserve.solvers.facts import Facts
-from spotserve.solvers.place import PlacementProblem, place
-from spotserve.solvers.ranges import cut, shard_at, without
+from spotserve.solvers.mixed_layout import place_by_type
+from spotserve.solvers.place import DEFAULT_BUDGET, Contents, PlacementProblem, place
+from spotserve.solvers.place.contents import Carried, gather_contents
+from spotserve.solvers.place.problem import Flags, product
+from spotserve.solvers.ranges import Rectangle, shard_at, without
 from spotserve.solvers.view import natural_key
 
 RoomRule = Callable[[GpuId, Shard], int]
@@ -34,20 +46,15 @@ class Layout:
     routes: tuple[Route, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class PlacementRow:
-    """One GPU's part of the placement problem."""
-
-    reuse: tuple[int, ...]
-    fits: tuple[bool, ...]
-    home: int | None
-
-
 @dataclass(slots=True)
 class LayoutBuilder:
-    """Builds layouts from the facts; `report` is the last placement's."""
+    """Builds layouts from the facts; `report` is the last placement's.
+
+    `place_budget` is the deterministic time that placing may take beyond its polynomial path.
+    """
 
     facts: Facts
+    place_budget: float = DEFAULT_BUDGET
     report: SolverReport | None = None
     free: dict[GpuId, int] = field(default_factory=dict)
 
@@ -58,6 +65,31 @@ class LayoutBuilder:
         affected = self.facts.affected(untouched)
         heirs = route_requests(self.facts.problem, self.facts.view, affected, num_fresh)
         fresh = self._place(shape, num_fresh, untouched, affected, heirs, live=mode == "live")
+        return self._routed(fresh, untouched, affected, heirs, mode=mode)
+
+    def lay_out_by_type(
+        self, shapes: Sequence[PipelineShape], untouched: tuple[Replica, ...], *, mode: str
+    ) -> Layout | None:
+        """The same for new replicas of several shapes, each stage on GPUs of the type that its shape names."""
+        affected = self.facts.affected(untouched)
+        heirs = route_requests(self.facts.problem, self.facts.view, affected, len(shapes))
+        used = {gpu for replica in untouched for gpu in replica.gpus}
+        gpus = tuple(gpu for gpu in self.facts.view.staying if gpu not in used)
+        result = place_by_type(self.facts, shapes, gpus=gpus, types=self.facts.types, heirs=heirs)
+        self.report = result.report("by_type")
+        assert result.answer is not None, "a mix takes no more GPUs of a type than there are"
+        return self._routed(result.answer, untouched, affected, heirs, mode=mode)
+
+    def _routed(
+        self,
+        fresh: tuple[Replica, ...],
+        untouched: tuple[Replica, ...],
+        affected: tuple[Replica, ...],
+        heirs: Mapping[ReplicaId, int],
+        *,
+        mode: str,
+    ) -> Layout | None:
+        """The layout of placed replicas: their KV pools, and who inherits whom."""
         sized = tuple(self._sized_live(r) if mode == "live" else self.sized(r, room=None) for r in fresh)
         if any(replica.kv_blocks < least_kv_blocks(self.facts.spec.limits) for replica in sized):
             return None
@@ -79,85 +111,90 @@ class LayoutBuilder:
         used = {gpu for replica in untouched for gpu in replica.gpus}
         gpus = tuple(gpu for gpu in self.facts.view.staying if gpu not in used)
         shards = replica_shards(self.facts.model, pipeline=shape[0], tensor=shape[1])
-        rows = [self._placement_row(gpu, shards, num_fresh, affected, heirs, live=live) for gpu in gpus]
-        placement = place(
-            PlacementProblem(
-                gpus=gpus,
-                num_positions=num_fresh * len(shards),
-                reuse_bytes=tuple(row.reuse for row in rows),
-                home=tuple(row.home for row in rows),
-                fits=tuple(row.fits for row in rows),
-                need_bytes=self._need_bytes(shards, num_fresh, affected, heirs),
-            ),
-            self.facts.solvers["place"],
-        )
-        self.report = placement.report
+        problem = self._placement_problem(gpus, shape, shards, num_fresh, affected, heirs, live=live)
+        result = place(problem, self.facts.solvers["place"], budget=self.place_budget)
+        self.report = result.report(self.facts.solvers["place"])
+        assert result.answer is not None, "there are as many GPUs as positions"
+        placed = result.answer.gpus
         return tuple(
-            self._replica(number, num_fresh, shape, placement.gpus[number * len(shards) : (number + 1) * len(shards)])
+            self._replica(number, num_fresh, shape, placed[number * len(shards) : (number + 1) * len(shards)])
             for number in range(num_fresh)
         )
 
-    def _need_bytes(
+    def _placement_problem(
         self,
-        shards: tuple[Shard, ...],
-        num_fresh: int,
-        affected: tuple[Replica, ...],
-        heirs: Mapping[ReplicaId, int],
-    ) -> tuple[int, ...]:
-        """Weights and inherited KV of every position."""
-        progress = [0] * num_fresh
-        for replica in affected:
-            if replica.id in heirs and replica not in self.facts.view.lost:
-                progress[heirs[replica.id]] += self.facts.progress(replica)
-        token_bytes = [kv_block_bytes(self.facts.model, shard, block_tokens=1) for shard in shards]
-        return tuple(
-            self.facts.catalog.shard_bytes(shard) + tokens * per_token
-            for tokens in progress
-            for shard, per_token in zip(shards, token_bytes, strict=True)
-        )
-
-    def _placement_row(
-        self,
-        gpu: GpuId,
+        gpus: tuple[GpuId, ...],
+        shape: tuple[int, int],
         shards: tuple[Shard, ...],
         num_fresh: int,
         affected: tuple[Replica, ...],
         heirs: Mapping[ReplicaId, int],
         *,
         live: bool,
-    ) -> PlacementRow:
-        """What one GPU would bring to every position."""
-        old = next((replica for replica in affected if gpu in replica.gpus), None)
-        reuse, fits, home = [], [], None
-        for number in range(num_fresh):
-            for index, shard in enumerate(shards):
-                overlap = self.facts.catalog.overlap_bytes(self.facts.holdings.get(gpu), shard)
-                kept = 0
-                if old is not None and heirs.get(old.id) == number and old not in self.facts.view.lost:
-                    kept = self._kv_overlap(old, gpu, shard)
-                    if old.gpus.index(gpu) == index and len(old.gpus) == len(shards):
-                        home = number * len(shards) + index
-                reuse.append(overlap + kept)
-                fits.append(not live or self._fits(gpu, shard, overlap))
-        return PlacementRow(tuple(reuse), tuple(fits), home)
+    ) -> PlacementProblem:
+        """What the GPUs that may be placed, and those that only send, hold and what each position needs."""
+        placed = set(gpus)
+        senders = tuple(gpu for gpu in self.facts.view.memory if gpu not in placed)
+        carried = [
+            Carried(replica, self.facts.progress(replica), heirs[replica.id])
+            for replica in affected
+            if replica.id in heirs and replica not in self.facts.view.lost
+        ]
+        contents = gather_contents(
+            self.facts.model,
+            gpus=(*gpus, *senders),
+            shards=shards,
+            holdings=self.facts.holdings,
+            carried=carried,
+        )
+        present = {
+            gpu: old.heir * len(shards) + index
+            for old in carried
+            if len(old.replica.gpus) == len(shards)
+            for index, gpu in enumerate(old.replica.gpus)
+        }
+        return PlacementProblem(
+            gpus=gpus,
+            senders=senders,
+            data=num_fresh,
+            pipeline=shape[0],
+            tensor=shape[1],
+            contents=contents,
+            home=tuple(present.get(gpu) for gpu in gpus),
+            fits=self._room_matrix(gpus, shards, contents)
+            if live
+            else np.ones((len(gpus), len(shards)), dtype=np.bool_),
+        )
 
-    def _kv_overlap(self, old: Replica, gpu: GpuId, shard: Shard) -> int:
-        """KV bytes of a replica's requests that a GPU holds and a position needs."""
-        model = self.facts.model
-        held = self.facts.catalog.kv_rectangle(shard_at(model, old, old.gpus.index(gpu)))
-        shared = cut(self.facts.catalog.kv_rectangle(shard), held)
-        if shared is None:
-            return 0
-        (first, last), (low, high) = shared
-        return 2 * (last - first) * (high - low) * model.head_dim * model.element_bytes * self.facts.progress(old)
-
-    def _fits(self, gpu: GpuId, shard: Shard, overlap: int) -> bool:
-        """Whether a position and the smallest KV pool fit beside what a GPU has now."""
+    def _room_matrix(self, gpus: tuple[GpuId, ...], shards: tuple[Shard, ...], contents: Contents) -> Flags:
+        """Whether a position and the smallest KV pool fit beside what a GPU has now: [GPU, position]."""
         limits = self.facts.spec.limits
-        block = kv_block_bytes(self.facts.model, shard, block_tokens=limits.kv_block_tokens)
-        incoming = self.facts.copies * self.facts.catalog.shard_bytes(shard) - overlap
-        pool = 0 if self._inherited(gpu, shard) is not None else least_kv_blocks(limits) * block
-        return incoming + pool <= self._free_now(gpu)
+        overlap = product(contents.weight_held[: len(gpus)], contents.weight_needed, contents.weight_bytes)
+        weights = np.array([self.facts.copies * self.facts.catalog.shard_bytes(shard) for shard in shards], np.int64)
+        pools = np.array(
+            [
+                least_kv_blocks(limits) * kv_block_bytes(self.facts.model, shard, block_tokens=limits.kv_block_tokens)
+                for shard in shards
+            ],
+            np.int64,
+        )
+        rectangles = [self.facts.catalog.kv_rectangle(shard) for shard in shards]
+        taken_over = np.array([[rectangle == mine for rectangle in rectangles] for mine in self._pools(gpus)], np.bool_)
+        free = np.array([self._free_now(gpu) for gpu in gpus], np.int64)
+        fits: Flags = weights - overlap + pools * ~taken_over.reshape(len(gpus), len(shards)) <= free[:, None]
+        return fits
+
+    def _pools(self, gpus: tuple[GpuId, ...]) -> list[Rectangle | None]:
+        """The layers and kv heads of the KV pool that each GPU has and a new generation may take over."""
+        pools: list[Rectangle | None] = []
+        positions = self.facts.problem.snapshot.world.positions
+        for gpu in gpus:
+            replica, index = positions.get(gpu, (None, 0))
+            if replica is None or replica in self.facts.view.lost:
+                pools.append(None)
+            else:
+                pools.append(self.facts.catalog.kv_rectangle(shard_at(self.facts.model, replica, index)))
+        return pools
 
     def _inherited(self, gpu: GpuId, shard: Shard) -> Replica | None:
         replica = inherited_pool(self.facts.catalog, self.facts.problem, gpu, shard)
@@ -166,12 +203,11 @@ class LayoutBuilder:
     def _free_now(self, gpu: GpuId) -> int:
         """Memory that neither held weights nor a KV pool takes."""
         if gpu not in self.free:
-            free = self.facts.view.memory[gpu] - self.facts.copies * self.facts.catalog.bytes(
-                self.facts.held.get(gpu, {})
-            )
-            for replica in self.facts.problem.snapshot.world.replicas:
-                if gpu in replica.gpus:
-                    free -= pool_bytes(self.facts.catalog, self.facts.problem, replica, gpu)
+            held = self.facts.catalog.held_bytes(self.facts.holdings.get(gpu))
+            free = self.facts.view.memory[gpu] - self.facts.copies * held
+            if gpu in self.facts.problem.snapshot.world.positions:
+                replica, _ = self.facts.problem.snapshot.world.positions[gpu]
+                free -= pool_bytes(self.facts.catalog, self.facts.problem, replica, gpu)
             self.free[gpu] = free
         return self.free[gpu]
 

@@ -10,18 +10,41 @@ import asyncio
 import json
 import os
 import sys
+from typing import Any
 
-from spotserve.core.plan import Plan, PlanningProblem
+from pydantic import TypeAdapter
+
+from spotserve.core.plan import Plan, PlanningProblem, Step
 from spotserve.errors import SpotServeError
 
 SOLVE_TIMEOUT_S = 30.0
 MAX_ANSWER_BYTES = 256 * 1024 * 1024
 
 
+STEPS: TypeAdapter[tuple[Step, ...]] = TypeAdapter(tuple[Step, ...])
+STEPS_AT_ONCE = 200
+"""Steps that are validated before the loop has its turn again: a few milliseconds."""
+
+
 class PlannerError(SpotServeError):
     """The planner process refused a problem, died, or did not answer in time."""
 
     code = "SPS-181"
+
+
+async def decode_plan(raw: Any) -> Plan:
+    """A plan from parsed JSON (hence `Any`), a few steps at a time: ten thousand at once hold a heartbeat up for a
+    second. Raises ValidationError.
+    """
+    steps = raw.get("steps") if isinstance(raw, dict) else None
+    if not isinstance(steps, list):
+        return Plan.model_validate(raw)
+    plan = Plan.model_validate({**raw, "steps": ()})
+    decoded: list[Step] = []
+    for start in range(0, len(steps), STEPS_AT_ONCE):
+        decoded += STEPS.validate_python(steps[start : start + STEPS_AT_ONCE])
+        await asyncio.sleep(0)
+    return plan.model_copy(update={"steps": tuple(decoded)})
 
 
 class PlannerProcess:
@@ -52,7 +75,7 @@ class PlannerProcess:
             try:
                 answer = json.loads(line)
                 if "error" not in answer:
-                    return Plan.model_validate(answer["plan"])
+                    return await decode_plan(answer["plan"])
             except ValueError as error:
                 # Whatever else it says may be as wrong.
                 await self.close()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from spotserve.core.slices import (
     Shard,
     Slice,
-    concrete_parameters,
     intersect,
     kv_head_range,
     parameter_of,
     parameter_slices,
     row_bytes,
     shard_bytes,
+    shard_ranges,
     subtract,
 )
 from spotserve.core.snapshot import Holding, Replica
@@ -34,15 +35,13 @@ class Catalog:
     _ranges: dict[Shard, Ranges] = field(default_factory=dict)
     _rows: dict[str, tuple[int, int]] = field(default_factory=dict)
     _bytes: dict[Shard, int] = field(default_factory=dict)
+    _slices: dict[tuple[str, int, int], Slice] = field(default_factory=dict)
     _layer_overlap: dict[tuple[int, int, int, int, str], int] = field(default_factory=dict)
 
     def owned(self, shard: Shard) -> Ranges:
         """The ranges of a shard."""
         if shard not in self._ranges:
-            self._ranges[shard] = {
-                name: list(parameter_slices(self.model, parameter, tensor=shard.tensor, rank=shard.rank))
-                for name, parameter in concrete_parameters(self.model, shard)
-            }
+            self._ranges[shard] = {name: list(ranges) for name, _, ranges in shard_ranges(self.model, shard)}
         return self._ranges[shard]
 
     def shard_bytes(self, shard: Shard) -> int:
@@ -63,6 +62,14 @@ class Catalog:
             ranges[piece.parameter] = join(ranges.get(piece.parameter, []), [(piece.start, piece.stop)])
         return ranges
 
+    def held_bytes(self, holding: Holding | None) -> int:
+        """Weight bytes that a GPU holds."""
+        if holding is None:
+            return 0
+        if len(holding.shards) == 1 and not holding.slices:
+            return self.shard_bytes(holding.shards[0])
+        return self.bytes(self.held(holding))
+
     def row(self, name: str) -> int:
         """Bytes of one index of a parameter's split dimension."""
         return self._row(name)[0]
@@ -79,11 +86,13 @@ class Catalog:
 
     def slices(self, ranges: Ranges) -> tuple[Slice, ...]:
         """Ranges as slices of a plan, in the order of the mapping."""
-        return tuple(
-            Slice(parameter=name, dim=self._row(name)[1], start=start, stop=stop)
-            for name, runs in ranges.items()
-            for start, stop in runs
-        )
+        return tuple(self._slice(name, start, stop) for name, runs in ranges.items() for start, stop in runs)
+
+    def _slice(self, name: str, start: int, stop: int) -> Slice:
+        key = (name, start, stop)
+        if key not in self._slices:
+            self._slices[key] = Slice(parameter=name, dim=self._row(name)[1], start=start, stop=stop)
+        return self._slices[key]
 
     def overlap_bytes(self, holding: Holding | None, shard: Shard) -> int:
         """Weight bytes of `shard` that a GPU already holds."""
@@ -124,10 +133,12 @@ class Catalog:
 def shard_at(model: ModelSpec, replica: Replica, index: int) -> Shard:
     """The shard of the `index`-th GPU of a replica in mesh rank order."""
     stage, rank = divmod(index, replica.tensor)
-    layers = replica.stages[stage].layers
-    return Shard(
-        layers=layers, tensor=replica.tensor, rank=rank, first=layers[0] == 0, last=layers[1] == model.num_layers
-    )
+    return _shard(replica.stages[stage].layers, replica.tensor, rank, model.num_layers)
+
+
+@lru_cache(maxsize=65536)
+def _shard(layers: tuple[int, int], tensor: int, rank: int, num_layers: int) -> Shard:
+    return Shard(layers=layers, tensor=tensor, rank=rank, first=layers[0] == 0, last=layers[1] == num_layers)
 
 
 def join(left: list[tuple[int, int]], right: list[tuple[int, int]]) -> list[tuple[int, int]]:

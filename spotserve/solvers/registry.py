@@ -5,17 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from difflib import get_close_matches
 
+from spotserve.core.options import NOT_IN_PLANS
 from spotserve.errors import SpecError
-from spotserve.solvers.configure import CHOOSERS
-from spotserve.solvers.migrate import PREFERENCES
-from spotserve.solvers.place import ASSIGNERS
+from spotserve.solvers.arrange import ARRANGERS
+from spotserve.solvers.configure import BY_PAPER, CHOOSERS
+from spotserve.solvers.fleet import FLEETS
+from spotserve.solvers.ladder import SELECTORS
+from spotserve.solvers.migrate.sources import SOURCE_SOLVERS
+from spotserve.solvers.place import PLACERS
 
 SOLVERS: dict[str, tuple[str, ...]] = {
-    "configure": tuple(CHOOSERS),
-    "place": tuple(ASSIGNERS),
-    "migrate": tuple(PREFERENCES),
+    "configure": (*CHOOSERS, *BY_PAPER),
+    "place": tuple(PLACERS),
+    "migrate": SOURCE_SOLVERS,
+    "arrange": tuple(ARRANGERS),
+    "ladder": tuple(SELECTORS),
 }
-DEFAULTS = {"configure": "cpsat", "place": "makespan", "migrate": "layered"}
+LIBRARY_SOLVERS: dict[str, tuple[str, ...]] = {"fleet": tuple(FLEETS)}
+"""Solvers that no plan uses, for those who call them: what to buy, where no cloud of this daemon sells."""
+
+DEFAULTS = {"configure": "cpsat", "place": "makespan", "migrate": "layered", "arrange": "scan", "ladder": "priced"}
 POLICIES = ("live", "reroute", "reparallelize")
 
 
@@ -23,6 +32,8 @@ def chosen_solvers(overrides: Mapping[str, str]) -> dict[str, str]:
     """The solver of each kind: the default, or what `overrides` names. Raises SpecError for an unknown one."""
     chosen = dict(DEFAULTS)
     for kind, name in sorted(overrides.items()):
+        if kind in LIBRARY_SOLVERS:
+            raise SpecError(f"solver kind {kind!r} {NOT_IN_PLANS[kind]}", hint=f"call spotserve.solvers.{kind}")
         require_known("solver kind", kind, tuple(SOLVERS))
         require_known(f"{kind} solver", name, SOLVERS[kind])
         chosen[kind] = name

@@ -6,12 +6,12 @@ decided here but dependencies and estimates.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from spotserve.core.cost import decode_ms
 from spotserve.core.ids import GpuId, ReplicaId, StepId, instance_of
 from spotserve.core.plan import (
     Activate,
@@ -30,12 +30,17 @@ from spotserve.core.plan import (
     Route,
     Step,
 )
+from spotserve.core.slices import Slice
 from spotserve.core.snapshot import Replica
+from spotserve.core.spec import ModelSpec
 from spotserve.solvers.draft import Draft, inherited_pool, pool_bytes
-from spotserve.solvers.layer_order import LayerChange, order_layers
-from spotserve.solvers.migrate import KvTransfer, Transfer, layer_of
-from spotserve.solvers.ranges import Catalog, Ranges, Rectangle, join, shard_at, without
-from spotserve.solvers.view import natural_key, requests_of
+from spotserve.solvers.gpu_kinds import replica_decode_ms
+from spotserve.solvers.layer_order import Gone, gone_weights
+from spotserve.solvers.migrate.kv import KvTransfer
+from spotserve.solvers.migrate.pieces import Part, front_first
+from spotserve.solvers.migrate.sources import Transfer
+from spotserve.solvers.ranges import Catalog, Ranges, Rectangle, join, shard_at
+from spotserve.solvers.view import requests_of
 
 S = TypeVar("S", bound="Step")
 
@@ -53,7 +58,11 @@ class Window:
 
 @dataclass(slots=True)
 class StepWriter:
-    """Collects steps, gives them ids and remembers what later steps have to wait for."""
+    """Collects steps, gives them ids and remembers what later steps have to wait for.
+
+    Copies are written in the order in which they should start: KV first, weights in the order of the draft's transfers.
+    The runtime starts whatever is ready in the order of the file.
+    """
 
     draft: Draft
     catalog: Catalog
@@ -64,18 +73,37 @@ class StepWriter:
     joined: dict[ReplicaId, StepId] = field(default_factory=dict)
     copied_kv: list[tuple[Route, KvTransfer, StepId]] = field(default_factory=list)
     quiesced: dict[ReplicaId, StepId] = field(default_factory=dict)
+    seats: dict[GpuId, Replica] = field(init=False)
+    incoming: dict[GpuId, int] = field(init=False)
+    gone: Mapping[GpuId, Gone] = field(init=False)
+    old: Mapping[GpuId, Replica] = field(init=False)
+    units: dict[tuple[Route, str], int] = field(default_factory=dict)
+    written: dict[int, tuple[Slice, ...]] = field(default_factory=dict)
+    kept: list[Ranges] = field(default_factory=list)
+    """What `written` knows by its id must stay alive."""
+
+    def __post_init__(self) -> None:
+        self.seats = {gpu: replica for replica in self.draft.fresh for gpu in replica.gpus}
+        self.incoming = defaultdict(int)
+        for transfer in self.draft.transfers:
+            self.incoming[transfer.destination] += transfer.bytes
+        self.old = self.draft.old_position
+        self.gone = gone_weights(self.catalog, self.draft)
 
     def write_live(self) -> tuple[Step, ...]:
         """reserve, copy, join, quiesce, delta -> commit -> activate, recompute, release."""
         for replica in self.draft.fresh:
             self._reserve(replica, with_weights=True)
-        for group in _by_pair(self.draft.transfers):
-            self._fetch(group, [self.reserved[group[0].destination]])
-        for replica in self.draft.fresh:
-            self._join(replica, [])
         for route, transfers in self.draft.kv.items():
             for transfer in transfers:
                 self._copy_kv(route, transfer, self._reserved_at(transfer.destination))
+        if self.draft.layer_by_layer is None:
+            for one in self.draft.transfers:
+                self._fetch(one, one.parts, [self.reserved[one.destination]])
+        else:
+            self._layers(self.draft.layer_by_layer, {}, frees=False)
+        for replica in self.draft.fresh:
+            self._join(replica, [])
         prepared = [step.id for step in self.steps]
         self._quiesce_all(self._unreached(prepared))
         for route, transfer, copied in self.copied_kv:
@@ -108,7 +136,7 @@ class StepWriter:
                     before[gpu] = self._release(replica, gpu, slices, [commit])
                 elif kept < replica.kv_blocks and any(gpu in new.gpus for new in self.draft.fresh):
                     shrunk[gpu] = self._release(replica, gpu, {}, [commit], kv=False, keep_blocks=kept)
-        opened = {**dict.fromkeys(self.draft.old_position, commit), **before, **shrunk}
+        opened = {**dict.fromkeys(self.old, commit), **before, **shrunk}
         for replica in self.draft.fresh:
             self._reserve(replica, with_weights=False, after={gpu: opened.get(gpu, commit) for gpu in replica.gpus})
         for route, transfers in self.draft.kv.items():
@@ -146,27 +174,47 @@ class StepWriter:
             if gpu in self.reserved and gpu not in without_pool
         }
 
-    def _layers(self, order: Sequence[str] | None, before: Mapping[GpuId, StepId]) -> None:
-        """Weights: all at once after the restart's releases, else one layer after the other, freeing in between."""
+    def _layers(self, order: Sequence[str] | None, before: Mapping[GpuId, StepId], *, frees: bool = True) -> None:
+        """Weights: all at once after the restart's releases, else layer by layer, freeing in between.
+
+        A draft that goes `layer_by_layer` begins a layer when the one before has arrived, and the first after all KV.
+        """
         if order is None:
-            for group in _by_pair(self.draft.transfers):
-                self._fetch(group, [self.reserved[group[0].destination]])
+            for one in self.draft.transfers:
+                self._fetch(one, one.parts, [self.reserved[one.destination]])
             return
+        by_layer: dict[str, list[tuple[Transfer, Part]]] = defaultdict(list)
+        for one in self.draft.transfers:
+            for part in one.parts:
+                by_layer[part.layer].append((one, part))
         freed: dict[GpuId, list[StepId]] = defaultdict(list)
+        last_layer = [step for _, _, step in self.copied_kv] if self.draft.layer_by_layer is not None else []
         for layer in order:
             readers: dict[GpuId, list[StepId]] = defaultdict(list)
-            for group in _by_pair([t for t in self.draft.transfers if t.layer == layer]):
-                gpu = group[0].destination
-                step = self._fetch(group, [self.reserved[gpu], *([before[gpu]] if gpu in before else []), *freed[gpu]])
-                if group[0].source is not None:
-                    readers[group[0].source].append(step)
-            for replica in self.draft.affected:
-                for gpu in self._alive(replica):
-                    gone = {n: r for n, r in self._unneeded(gpu).items() if layer_of(n) == layer}
-                    # Nothing comes to the others: all they hold goes at the end.
-                    if gone and gpu in self.reserved:
-                        waits = [self._commit_id(), *readers[gpu]]
-                        freed[gpu].append(self._release(replica, gpu, gone, waits, kv=False))
+            this_layer = []
+            for one, parts in _by_pair(by_layer[layer]):
+                gpu = one.destination
+                waits = [self.reserved[gpu], *([before[gpu]] if gpu in before else []), *freed[gpu], *last_layer]
+                step = self._fetch(one, parts, waits)
+                this_layer.append(step)
+                if one.source is not None:
+                    readers[one.source].append(step)
+            if self.draft.layer_by_layer is not None:
+                last_layer = this_layer or last_layer
+            if frees:
+                self._free_layer(layer, readers, freed)
+
+    def _free_layer(
+        self, layer: str, readers: Mapping[GpuId, Sequence[StepId]], freed: dict[GpuId, list[StepId]]
+    ) -> None:
+        """What nobody needs of a layer goes once it has been read, on GPUs to which more is to come."""
+        for replica in self.draft.affected:
+            for gpu in self._alive(replica):
+                gone = self.gone[gpu].by_layer.get(layer)
+                # Nothing comes to the others: all they hold goes at the end.
+                if gone and gpu in self.reserved:
+                    waits = [self._commit_id(), *readers.get(gpu, ())]
+                    freed[gpu].append(self._release(replica, gpu, gone, waits, kv=False))
 
     def _commit_id(self) -> StepId:
         return next(step.id for step in self.steps if step.kind == "commit")
@@ -179,9 +227,14 @@ class StepWriter:
 
     def _unneeded(self, gpu: GpuId) -> Ranges:
         """Weights that a GPU holds and its new position, if any, does not need."""
-        needed = new_ranges(self.catalog, self.draft.fresh, gpu)
-        held = self.draft.held.get(gpu, {})
-        return held if self.draft.released_first else without(held, needed)
+        return self.gone[gpu].ranges if gpu in self.gone else {}
+
+    def _slices(self, ranges: Ranges) -> tuple[Slice, ...]:
+        """Ranges as slices; mappings that many steps share are written once."""
+        if id(ranges) not in self.written:
+            self.kept.append(ranges)
+            self.written[id(ranges)] = self.catalog.slices(ranges)
+        return self.written[id(ranges)]
 
     def _next(self) -> StepId:
         return StepId(f"s{len(self.steps) + 1}")
@@ -199,7 +252,7 @@ class StepWriter:
     def _reserve(self, replica: Replica, *, with_weights: bool, after: dict[GpuId, StepId] | None = None) -> None:
         for index, gpu in enumerate(replica.gpus):
             stage, rank = divmod(index, replica.tensor)
-            incoming = sum(t.bytes for t in self.draft.transfers if t.destination == gpu) if with_weights else 0
+            incoming = self.incoming.get(gpu, 0) if with_weights else 0
             self.reserved[gpu] = self._add(
                 Reserve(
                     id=self._next(),
@@ -212,7 +265,7 @@ class StepWriter:
                     rank=rank,
                     bytes=incoming + self._new_pool_bytes(replica, gpu),
                     estimated_s=self._round_trip(),
-                    before=position_text(self.draft.old_position.get(gpu), gpu),
+                    before=position_text(self.old.get(gpu), gpu),
                     after=position_text(replica, gpu),
                 )
             )
@@ -222,16 +275,13 @@ class StepWriter:
         reasons: dict[str, Reason] = {"start": "first_placement", "joined": "join", "load": "load"}
         return reasons.get(self.draft.problem.trigger.kind, "new_stage")
 
-    def _fetch(self, group: Sequence[Transfer], depends_on: list[StepId]) -> StepId:
-        """One pair's transfers as one step."""
-        source, destination = group[0].source, group[0].destination
-        ranges: Ranges = {}
-        for transfer in group:
-            for name, runs in transfer.ranges.items():
-                ranges[name] = join(ranges.get(name, []), runs)
-        slices = self.catalog.slices(ranges)
-        num_bytes = sum(transfer.bytes for transfer in group)
-        replica = next(r.id for r in self.draft.fresh if destination in r.gpus)
+    def _fetch(self, transfer: Transfer, parts: Sequence[Part], depends_on: Sequence[StepId]) -> StepId:
+        """One pair's copy of some parts as one step."""
+        source, destination = transfer.source, transfer.destination
+        layers = _ranges_of(self.catalog.model, parts)
+        slices = tuple(itertools.chain.from_iterable(self._slices(ranges) for ranges in layers))
+        num_bytes = sum(part.bytes for part in parts)
+        replica = self.seats[destination].id
         profile = self.draft.problem.spec.profile
         step: Step
         if source is None:
@@ -239,7 +289,7 @@ class StepWriter:
             step = LoadWeights(
                 id=self._next(),
                 depends_on=tuple(depends_on),
-                reason="first_placement" if start else "no_holder",
+                reason="first_placement" if start else "ports_full" if transfer.by_choice else "no_holder",
                 workers=(destination,),
                 replica=replica,
                 slices=slices,
@@ -284,7 +334,7 @@ class StepWriter:
         )
 
     def _copy_kv(self, route: Route, transfer: KvTransfer, depends_on: list[StepId]) -> None:
-        num_bytes = self.draft.rectangle_bytes(route, transfer.rectangle)
+        num_bytes = self._kv_bytes(route, transfer.rectangle, "copy")
         step = CopyKv(
             id=self._next(),
             depends_on=tuple(depends_on),
@@ -299,7 +349,7 @@ class StepWriter:
         self.arrivals[transfer.destination].append(step.id)
 
     def _copy_kv_delta(self, route: Route, transfer: KvTransfer, depends_on: list[StepId]) -> StepId:
-        num_bytes = self.draft.delta_bytes(route, transfer.rectangle)
+        num_bytes = self._kv_bytes(route, transfer.rectangle, "delta")
         return self._add(
             CopyKvDelta(
                 id=self._next(),
@@ -313,6 +363,15 @@ class StepWriter:
             )
         )
 
+    def _kv_bytes(self, route: Route, rectangle: Rectangle, kind: str) -> int:
+        """Bytes of a rectangle: so many cells of one layer and one kv head."""
+        if (route, kind) not in self.units:
+            cell = (0, 1), (0, 1)
+            measure = self.draft.rectangle_bytes if kind == "copy" else self.draft.delta_bytes
+            self.units[route, kind] = measure(route, cell)
+        (first, last), (low, high) = rectangle
+        return self.units[route, kind] * (last - first) * (high - low)
+
     def _kv_seconds(self, transfer: KvTransfer, num_bytes: int) -> float:
         if transfer.source == transfer.destination:
             return _seconds(num_bytes / LOCAL_COPY_BYTES_PER_S)
@@ -323,9 +382,7 @@ class StepWriter:
             if replica in self.draft.view.lost:
                 continue
             running = max(1, len(requests_of(self.draft.problem, replica.id)))
-            iteration = decode_ms(
-                self.draft.problem.spec, pipeline=replica.pipeline, tensor=replica.tensor, running=running
-            )
+            iteration = replica_decode_ms(self.draft.problem, replica, running=running)
             self.quiesced[replica.id] = self._add(
                 Quiesce(
                     id=self._next(),
@@ -381,9 +438,7 @@ class StepWriter:
         keep_blocks: int | None = None,
     ) -> StepId:
         freed = replica.kv_blocks if kv else 0 if keep_blocks is None else replica.kv_blocks - keep_blocks
-        freed_pool = replica.model_copy(update={"kv_blocks": freed})
-        pool = pool_bytes(self.catalog, self.draft.problem, freed_pool, gpu)
-        fresh = next((new for new in self.draft.fresh if gpu in new.gpus), None)
+        pool = pool_bytes(self.catalog, self.draft.problem, replica, gpu) // max(1, replica.kv_blocks) * freed
         return self._add(
             Release(
                 id=self._next(),
@@ -392,13 +447,13 @@ class StepWriter:
                 workers=(gpu,),
                 replica=replica.id,
                 generation=replica.generation,
-                slices=self.catalog.slices(ranges),
+                slices=self._slices(ranges),
                 kv=kv,
                 keep_blocks=keep_blocks,
                 bytes=self.catalog.bytes(ranges) + pool,
                 estimated_s=self._round_trip(),
                 before=position_text(replica, gpu),
-                after=position_text(fresh, gpu),
+                after=position_text(self.seats.get(gpu), gpu),
             )
         )
 
@@ -411,12 +466,28 @@ def _seconds(value: float) -> float:
     return round(value, 6)
 
 
-def _by_pair(transfers: Iterable[Transfer]) -> list[list[Transfer]]:
-    """Transfers grouped by destination and source, in natural order."""
-    groups: dict[tuple[GpuId, GpuId | None], list[Transfer]] = defaultdict(list)
-    for transfer in transfers:
-        groups[transfer.destination, transfer.source].append(transfer)
-    return [groups[key] for key in sorted(groups, key=lambda key: (natural_key(key[0]), natural_key(key[1] or "")))]
+def _by_pair(layer: Sequence[tuple[Transfer, Part]]) -> list[tuple[Transfer, list[Part]]]:
+    """The parts of one layer, those of a pair together."""
+    groups: dict[tuple[GpuId, GpuId | None], tuple[Transfer, list[Part]]] = {}
+    for transfer, part in layer:
+        groups.setdefault((transfer.destination, transfer.source), (transfer, []))[1].append(part)
+    return list(groups.values())
+
+
+def _ranges_of(model: ModelSpec, parts: Sequence[Part]) -> list[Ranges]:
+    """The ranges of each layer, front layers first, touching runs joined."""
+    if len(parts) == 1:
+        return [parts[0].ranges]
+    layers: dict[str, Ranges] = {}
+    for part in sorted(parts, key=lambda one: front_first(model, one.layer)):
+        known = layers.get(part.layer)
+        if known is None:
+            layers[part.layer] = part.ranges
+            continue
+        layers[part.layer] = {
+            name: join(known.get(name, []), part.ranges.get(name, [])) for name in {**known, **part.ranges}
+        }
+    return list(layers.values())
 
 
 def kv_route(route: Route, rectangle: Rectangle) -> KvRoute:
@@ -432,33 +503,6 @@ def position_text(replica: Replica | None, gpu: GpuId) -> str | None:
         return None
     stage, rank = divmod(replica.gpus.index(gpu), replica.tensor)
     return f"{replica.id} stage {stage} rank {rank}"
-
-
-def new_ranges(catalog: Catalog, fresh: Sequence[Replica], gpu: GpuId) -> Ranges:
-    """What a GPU's position in a new replica owns; nothing if it has none."""
-    for replica in fresh:
-        if gpu in replica.gpus:
-            return catalog.owned(shard_at(catalog.model, replica, replica.gpus.index(gpu)))
-    return {}
-
-
-def layer_changes(catalog: Catalog, draft: Draft) -> tuple[LayerChange, ...]:
-    """Per layer, what each GPU receives and what it may free once the layer has moved."""
-    incoming: dict[str, dict[GpuId, int]] = defaultdict(lambda: defaultdict(int))
-    freed: dict[str, dict[GpuId, int]] = defaultdict(lambda: defaultdict(int))
-    for transfer in draft.transfers:
-        incoming[transfer.layer][transfer.destination] += transfer.bytes
-    for gpu in draft.old_position:
-        gone = without(draft.held.get(gpu, {}), new_ranges(catalog, draft.fresh, gpu))
-        for name, runs in gone.items():
-            freed[layer_of(name)][gpu] += catalog.bytes({name: runs})
-    layers = sorted({*incoming, *freed}, key=lambda layer: (not layer.isdigit(), natural_key(layer)))
-    return tuple(LayerChange(layer, dict(incoming[layer]), dict(freed[layer])) for layer in layers)
-
-
-def memory_order(catalog: Catalog, draft: Draft, *, memory: dict[GpuId, int]) -> tuple[str, ...] | None:
-    """The order in which layers can move with `memory` bytes free on each GPU; None if there is none."""
-    return order_layers(layer_changes(catalog, draft), memory)
 
 
 def busiest_port_s(steps: Iterable[Step], *, link_bytes_per_s: float) -> float:

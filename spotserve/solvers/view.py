@@ -7,6 +7,7 @@ as doomed (notice) or gone (lost).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from spotserve.core.ids import GpuId, InstanceId, ReplicaId, instance_of
 from spotserve.core.plan import PlanningProblem
@@ -14,8 +15,6 @@ from spotserve.core.snapshot import InstanceView, Replica, RequestProgress
 
 OPEN_STATES = frozenset({"prefilling", "decoding", "suspended"})
 """Request states that hold KV on a replica."""
-
-ENDED_STATES = frozenset({"finished", "cancelled", "failed"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +38,7 @@ class View:
         return min((left for left in self.doomed.values() if left is not None), default=None)
 
 
+@lru_cache(maxsize=65536)
 def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
     """Sort key that puts i2 before i10."""
     parts: list[tuple[int, int | str]] = []
@@ -94,12 +94,7 @@ def look(problem: PlanningProblem) -> View:
 
 def requests_of(problem: PlanningProblem, replica: ReplicaId) -> tuple[RequestProgress, ...]:
     """The live requests of a replica in a fixed order."""
-    return tuple(
-        sorted(
-            (r for r in problem.snapshot.requests if r.replica == replica and r.state not in ENDED_STATES),
-            key=lambda progress: progress.request,
-        )
-    )
+    return problem.snapshot.live_requests.get(replica, ())
 
 
 def kv_tokens(progress: RequestProgress) -> int:

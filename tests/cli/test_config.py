@@ -78,7 +78,7 @@ def test_every_setting_reaches_its_field(tmp_path: Path) -> None:
         "dtype": '"bfloat16"',
         "device": '"cuda"',
         "policy": '"reroute"',
-        "solver": '"place=in_order"',
+        "solver": '"place=rank-order"',
         "trace": f'"{trace}"',
         "host": '"::1"',
         "port": "80",
@@ -107,7 +107,7 @@ def test_every_setting_reaches_its_field(tmp_path: Path) -> None:
         dtype="bfloat16",
         device="cuda",
         policy="reroute",
-        solvers={"place": "in_order"},
+        solvers={"place": "rank-order"},
         trace=str(trace),
         host="::1",
         port=80,
@@ -166,8 +166,8 @@ def test_refuses_sizes(text: str) -> None:
         ({"orphan_timeout": "0"}, "--orphan-timeout 0 is not between 0.1 and 86400 seconds"),
         ({"dtype": "int8"}, "--dtype int8 is not one of float32, bfloat16, float16"),
         ({"solver": ["place"]}, "--solver ['place'] is not kind=name"),
-        ({"solver": ["plaec=x"]}, "--solver plaec is not one of configure, place, migrate"),
-        ({"solver": ["place=in_order", "place=hungarian"]}, "--solver place=hungarian contradicts place=in_order"),
+        ({"solver": ["plaec=x"]}, "--solver plaec is not one of configure, place, migrate, arrange, ladder"),
+        ({"solver": ["place=rank-order", "place=reuse"]}, "--solver place=reuse contradicts place=rank-order"),
         ({"model": ""}, "MODEL  is empty"),
         ({"trace": "/nowhere/trace"}, "--trace /nowhere/trace is not a file"),
         ({"host": "0.0.0.0"}, "--host 0.0.0.0 is not loopback and there is no API key"),
@@ -232,7 +232,7 @@ def test_config_file_by_variable(tmp_path: Path) -> None:
         ("deterministic = 3\n", "deterministic 3 is neither true nor false"),
         ("host = 3\n", "host 3 is not a text"),
         ("fresh = true\n", "fresh is not a setting"),
-        ("[solver]\nplace = 3\n", "solver place=3 is not one of makespan, assignment, hungarian, in_order"),
+        ("[solver]\nplace = 3\n", "solver place=3 is not one of makespan, reuse, paper, rank-order"),
     ],
 )
 def test_refuses_files(tmp_path: Path, text: str, words: str) -> None:
@@ -250,10 +250,10 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_solver_table(tmp_path: Path) -> None:
     """Tests that the file may list solvers as a table and a flag as several kind=name."""
-    file = toml(tmp_path, '[solver]\nplace = "in_order"\nmigrate = "layered"\n')
-    expected = {"place": "in_order", "migrate": "layered"}
+    file = toml(tmp_path, '[solver]\nplace = "rank-order"\nmigrate = "layered"\n')
+    expected = {"place": "rank-order", "migrate": "layered"}
     assert expected == options(config_file=file).solvers
-    assert expected == options({"solver": ["place=in_order", "migrate=layered"]}).solvers
+    assert expected == options({"solver": ["place=rank-order", "migrate=layered"]}).solvers
 
 
 def test_names_are_those_of_the_registry() -> None:

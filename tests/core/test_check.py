@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from spotserve.core.canonical import canonical_json
-from spotserve.core.check import MAX_DEPTH, check_plan, read_plan, verify
+from spotserve.core.check import check_plan, read_plan, verify
 from spotserve.core.finding import Finding
 from spotserve.core.plan import Plan, Trigger
+from spotserve.core.strict_json import MAX_DEPTH
 from spotserve.solvers.planner import make_plan
 from tests.planning_worlds import KIB, MIB, lost, notice, random_problem, running_problem, tiny_spec, with_memory
 
@@ -271,6 +272,18 @@ def test_doubled_steps() -> None:
     assert "duplicate_step" in codes(data)
 
 
+def test_an_id_twice_ends() -> None:
+    """Tests that steps of one id that others wait for are told, and do not send the ordering round for ever."""
+    data = raw(spare_plan())
+    first, second = step(data, "reserve"), step(data, "reserve", 1)
+    second["id"] = first["id"]
+    assert "duplicate_step" in codes(data)
+    for number, one in enumerate(data["steps"]):
+        one["id"] = f"s{number % 3}"
+        one["depends_on"] = ["s0", "s1", "s2"]
+    assert {"duplicate_step", "cycle"} <= codes(data)
+
+
 def test_unknown_dependency() -> None:
     """Tests that waiting for a step that does not exist is a missing step."""
     data = raw(spare_plan())
@@ -465,7 +478,7 @@ def test_garbage_is_corrupt(data: bytes) -> None:
 
 def test_size_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests that a file over the size bound is refused before it is parsed."""
-    monkeypatch.setattr("spotserve.core.check.MAX_PLAN_BYTES", 100)
+    monkeypatch.setattr("spotserve.core.strict_json.MAX_FILE_BYTES", 100)
     assert ["corrupt"] == [finding.code for finding in verify(canonical_json(loss_plan()).encode())]
 
 

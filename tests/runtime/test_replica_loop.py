@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,7 +77,9 @@ class Replica:
         tensor: int,
         kv_blocks: int = 64,
         token_budget: int = 64,
+        layers: Sequence[tuple[int, int]] = (),
     ) -> None:
+        """`layers` are those of each stage where they are not dealt out evenly."""
         self.said: list[WorkerMessage] = []
         self.changed = threading.Condition()
         self.keeps_up = True
@@ -99,7 +101,10 @@ class Replica:
                     pipeline=pipeline,
                     tensor=tensor,
                     shard=stage_shard(
-                        model, layers=layer_split(model.num_layers, pipeline)[stage], tensor=tensor, rank=rank
+                        model,
+                        layers=(layers or layer_split(model.num_layers, pipeline))[stage],
+                        tensor=tensor,
+                        rank=rank,
                     ),
                     kv_blocks=kv_blocks,
                     max_running=4,
@@ -237,6 +242,17 @@ def test_quiesce_reports_what_was_said_and_resume_goes_on(
         assert "length" == replica.runs("a")[-1].finish_reason
         assert [] == [message for message in replica.said if not isinstance(message, Tokens)]
         replica.wait_free(64)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_uneven_stages_say_the_same_tokens(folder: Path, model: ModelSpec, expected: list[int], tensor: int) -> None:
+    """Tests that a plan may deal out layers as it likes: one in the first stage and all others in the second."""
+    layers = ((0, 1), (1, model.num_layers))
+    assert layers != layer_split(model.num_layers, 2)
+    with running(Replica(folder, model, pipeline=2, tensor=tensor, layers=layers)) as replica:
+        result(replica.leader.admit([request("a")]))
+        replica.wait("a", 120)
+        assert expected == replica.tokens("a")
 
 
 def test_a_close_frees_on_every_rank_and_a_repeat_changes_nothing(

@@ -1,0 +1,1 @@
+"""Plans as pictures: pure functions from a plan's JSON to SVG and HTML."""

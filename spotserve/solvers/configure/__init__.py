@@ -1,0 +1,116 @@
+"""Configure: which (D, P, M, B) the GPUs that stay should run.
+
+`candidates` tabulates what fits, `choice` picks by goals (`cpsat`, or `enumerate` which must agree); here is what a
+person or what runs already has to say first: pins, the running shape, migration headroom, a second replica. Fleets of
+several GPU types go through `mixed` instead, whose replicas may differ in shape (`templates`, `mix`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from spotserve.core.plan import SolverReport
+from spotserve.core.spec import ServingSpec
+from spotserve.solvers.configure.candidates import Candidate, Table, as_table, tabulate
+from spotserve.solvers.configure.choice import CHOOSERS, RESHAPE_GAIN_PERMILLE, Goal, goals_for
+from spotserve.solvers.paper.candidates import algorithm_1
+
+__all__ = ["BY_PAPER", "CHOOSERS", "Candidate", "Choice", "Goal", "Table", "configure", "goals_for", "tabulate"]
+
+BY_PAPER = {"paper": False, "paper-as-published": True}
+"""Algorithm 1 as the artifact runs it, and as the paper prints it: they look at nothing but pins before they choose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The chosen candidate (None: nothing fits) and how it was found."""
+
+    candidate: Candidate | None
+    report: SolverReport
+
+
+def configure(spec: ServingSpec, rows: Sequence[Candidate], *, load_rps: float, solver: str) -> Choice:
+    """Choose among tabulated candidates: pins come first, then the running shape, then migration headroom."""
+    table = as_table(rows)
+    if not len(table):
+        certificate: dict[str, str | int | float] = {"kind": "no_candidate"}
+        return Choice(None, SolverReport(name=solver, status="infeasible", certificate=certificate))
+    load_known = load_rps > 0
+    allowed, pins = pinned(spec, table)
+    if solver in BY_PAPER:
+        offered = allowed
+        result = algorithm_1(offered.columns, load_known=load_known, as_published=BY_PAPER[solver])
+        judged = dict(result.certificate)
+    else:
+        near = kept_shape(allowed, load_known=load_known)
+        roomy = near.where(near.columns["headroom"] > 0)
+        roomy = roomy if len(roomy) else near
+        offered = several_replicas(roomy, load_known=load_known) if spec.policy == "live" else roomy
+        goals = goals_for(offered, load_known=load_known)
+        result = CHOOSERS[solver](offered, goals)
+        measure = next(goal.column for goal in goals if goal.tolerance_permille)
+        judged = {"kind": "epsilon_lexicographic", "measure": measure}
+    assert result.answer is not None, "a table with rows has a choice"
+    candidate = offered[result.answer]
+    report = result.report(solver).model_copy(
+        update={
+            "certificate": {
+                **judged,
+                "candidates": len(offered),
+                "data": candidate.data,
+                "pipeline": candidate.pipeline,
+                "tensor": candidate.tensor,
+                "max_running": candidate.max_running,
+                "serves_load": int(not candidate.unserved),
+                "pins": pins,
+                "headroom": "kept" if candidate.headroom else "given_up",
+            }
+        }
+    )
+    return Choice(candidate, report)
+
+
+def pinned(spec: ServingSpec, table: Table) -> tuple[Table, str]:
+    """The rows that keep the pinned degrees: all of them, else P and M with fewer replicas, else any."""
+    limits, columns = spec.limits, table.columns
+    if limits.data is None and limits.pipeline is None and limits.tensor is None:
+        return table, "none"
+    shaped = columns["data"] > 0
+    for name, pin in (("pipeline", limits.pipeline), ("tensor", limits.tensor)):
+        if pin is not None:
+            shaped = shaped & (columns[name] == pin)
+    if (shaped & (columns["data"] == (limits.data or columns["data"]))).any():
+        return table.where(shaped & (columns["data"] == (limits.data or columns["data"]))), "kept"
+    if limits.data is not None and (shaped & (columns["data"] < limits.data)).any():
+        return table.where(shaped & (columns["data"] < limits.data)), "data_relaxed"
+    return table, "relaxed"
+
+
+def kept_shape(table: Table, *, load_known: bool) -> Table:
+    """The rows that keep the running (P, M) where that is worth it, else all of them."""
+    kept = table.where(table.columns["reshaped"] == 0)
+    if not len(kept) or len(kept) == len(table):
+        return table
+    if not load_known:
+        return kept
+    if (table.columns["unserved"] == 0).any():
+        best = int(table.columns["latency_us"].min())
+        worth = int(kept.columns["latency_us"].min()) * 1000 <= best * RESHAPE_GAIN_PERMILLE
+    else:
+        fastest = int(table.columns["throughput_urps"].max())
+        worth = int(kept.columns["throughput_urps"].max()) * RESHAPE_GAIN_PERMILLE >= fastest * 1000
+    return kept if worth else table
+
+
+def several_replicas(table: Table, *, load_known: bool) -> Table:
+    """The rows of at least two replicas where they serve the load, else all of them.
+
+    With a second replica the loss of one instance stops only the streams of one, and these have where to go at once:
+    their KV moves into a pool that is there already. A single larger replica always stops whole.
+    """
+    several = table.where(table.columns["data"] > 1)
+    if not len(several):
+        return table
+    needed = load_known and bool((table.columns["unserved"] == 0).any())
+    return table if needed and bool((several.columns["unserved"] == 1).all()) else several
