@@ -18,6 +18,9 @@ from pathlib import Path
 from spotserve.errors import StateDirError
 from spotserve.store.journal import Journal, JournalIdentity
 
+LOWEST_PORT = 20000
+PORT_TRIES = 50
+OUTGOING_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _FILE_MODE = 0o600
 _DATABASE_SUFFIXES = ("", "-wal", "-shm")
 
@@ -119,9 +122,7 @@ class StateDir:
         file = self.path / "worker-port"
         if file.exists():
             return _read_number(file, largest=65535)
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
-            listener.bind((host, 0))
-            port = int(listener.getsockname()[1])
+        port = _free_port(host)
         _write_durably(file, str(port))
         return port
 
@@ -261,3 +262,31 @@ def _other_model(path: Path, identity: JournalIdentity, *, model_digest: str, dt
         f"{path} belongs to model {identity.model_digest} in {identity.dtype}, not {model_digest} in {dtype}",
         hint="start with --fresh, or serve the other model from another --state-dir",
     )
+
+
+def _free_port(host: str) -> int:
+    """A port that is free now and that no dialling process is given as its own.
+
+    Between a crash and the restart workers dial again and again: from the system's range for outgoing connections one
+    of them, or anybody else, would sooner or later hold the very port that the coordinator comes back to.
+    """
+    highest = _first_outgoing_port()
+    for _ in range(PORT_TRIES if highest > LOWEST_PORT else 0):
+        port = LOWEST_PORT + secrets.randbelow(highest - LOWEST_PORT)
+        with suppress(OSError):
+            return _bound_port(host, port)
+    return _bound_port(host, 0)
+
+
+def _bound_port(host: str, port: int) -> int:
+    """The port that a listener gets; 0 lets the system choose. Raises OSError if it is taken."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        listener.bind((host, port))
+        return int(listener.getsockname()[1])
+
+
+def _first_outgoing_port() -> int:
+    """Where the system's range for outgoing connections begins; 0 where it does not say."""
+    with suppress(OSError, ValueError, IndexError):
+        return int(OUTGOING_PORTS.read_text().split()[0])
+    return 0

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from spotserve.errors import StateDirError
+from spotserve.store import state_dir as state_dir_module
 from spotserve.store.journal import Journal
 from spotserve.store.ledger import Ledger
 from spotserve.store.state_dir import OpenedJournal, StateDir, default_state_dir
@@ -119,6 +120,16 @@ def test_secret_and_port_stay(path: Path) -> None:
         assert first == (state_dir.secret(), state_dir.worker_port())
     assert 64 == len(first[0])
     assert 1024 <= first[1] <= 65535
+
+
+def test_worker_port_is_nobodys_outgoing_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that the worker port lies below the system's range for outgoing connections, or anywhere if that is low."""
+    ranges = tmp_path / "ranges"
+    monkeypatch.setattr(state_dir_module, "OUTGOING_PORTS", ranges)
+    for number, (text, highest) in enumerate([("20010\t60999\n", 20010), ("1024 65535", 65536), ("", 65536)]):
+        ranges.write_text(text)
+        with StateDir(tmp_path / f"state{number}") as state_dir:
+            assert 1024 <= state_dir.worker_port() < highest
 
 
 def test_a_short_secret_is_refused(path: Path) -> None:
