@@ -22,6 +22,8 @@ import psutil
 SPOTSERVE = str(Path(sys.executable).parent / "spotserve")
 START_TIMEOUT_S = 240.0
 CALM_TIMEOUT_S = 60.0
+UNHURRIED = {"SPOTSERVE_ITERATION_S": "0.015"}
+"""Iterations so long that streams of 200 tokens outlast a migration on a busy machine too."""
 
 
 def free_port() -> int:

@@ -11,7 +11,7 @@ import pytest
 from spotserve.core.plan import CopyWeights, LoadWeights, Plan
 from spotserve.core.slices import Slice
 from tests.e2e.conftest import TinyModel
-from tests.e2e.daemon import RunningDaemon, running
+from tests.e2e.daemon import UNHURRIED, RunningDaemon, running
 from tests.e2e.history import last_run
 from tests.e2e.models import NUM_TOKENS
 
@@ -80,7 +80,7 @@ def test_plan_file_from_snapshot_to_released(
 ) -> None:
     """Tests that a verified plan of the running daemon is applied live with exact streams, once, and no other file."""
     args = [str(small.folder), "--gpu-memory", "24MiB", "--instances", "4", "-dp", "1", "-pp", "3", "-tp", "1"]
-    with running(tmp_path / "state", *args, env=small_environment) as daemon:
+    with running(tmp_path / "state", *args, env={**small_environment, **UNHURRIED}) as daemon:
         gone = daemon.status()["replicas"][0]["stages"][1]["gpus"][0].split("/")[0]
         seen = [daemon.stream(ids, max_tokens=NUM_TOKENS) for ids in small.prompt_ids[:2]]
         plan = plan_losing(daemon, gone, tmp_path)
@@ -137,7 +137,7 @@ def weight_steps(plan: Plan) -> list[tuple[str, str | None, tuple[str, ...], int
 def test_a_dry_run_foretells_the_event(tmp_path: Path, small: TinyModel, small_environment: dict[str, str]) -> None:
     """Tests that a notice leads to the target, the routes and the weight steps that the dry run before it printed."""
     args = [str(small.folder), "--gpu-memory", "24MiB", "--instances", "5", "-dp", "2", "-pp", "2", "-tp", "1"]
-    with running(tmp_path / "state", *args, env=small_environment) as daemon:
+    with running(tmp_path / "state", *args, env={**small_environment, **UNHURRIED}) as daemon:
         gone = daemon.status()["replicas"][1]["stages"][1]["gpus"][0].split("/")[0]
         streams = small.stream_all(daemon, NUM_TOKENS)
         for stream in streams:

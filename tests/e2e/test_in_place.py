@@ -12,7 +12,7 @@ import pytest
 
 from spotserve.core.commands import CommitRun
 from tests.e2e.conftest import TinyModel
-from tests.e2e.daemon import RunningDaemon, Stream, running
+from tests.e2e.daemon import UNHURRIED, RunningDaemon, Stream, running
 from tests.e2e.history import last_run
 from tests.e2e.test_live_migration import degrees, generations, parallel_of, tokens_of, wait_tokens
 
@@ -68,7 +68,7 @@ def short(tmp_path: Path, large: TinyModel, large_environment: dict[str, str]) -
     points = tmp_path / "failpoints"
     points.mkdir()
     args = [str(large.folder), "--gpu-memory", "4800KiB", "--max-num-seqs", "3", "--instances", "4", *degrees(1, 2, 2)]
-    env = {**large_environment, "SPOTSERVE_FAILPOINTS": str(points)}
+    env = {**large_environment, **UNHURRIED, "SPOTSERVE_FAILPOINTS": str(points)}
     with running(tmp_path / "state", *args, env=env) as daemon:
         yield ShortOfMemory(daemon, large, points)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import SAMPLED, TinyModel
-from tests.e2e.daemon import RunningDaemon, Stream, running
+from tests.e2e.daemon import UNHURRIED, RunningDaemon, Stream, running
 from tests.e2e.history import last_run
 from tests.e2e.models import NUM_TOKENS
 
@@ -180,7 +180,7 @@ def test_sampled_streams_move_at_odd_degrees(
 def test_untouched_replica_does_not_notice(tmp_path: Path, small: TinyModel, small_environment: dict[str, str]) -> None:
     """Tests that a replica outside the notice keeps id and generation, and no step of the plan stops it."""
     args = [str(small.folder), "--gpu-memory", "24MiB", "--instances", "5", *degrees(2, 1, 2)]
-    with running(tmp_path / "state", *args, env=small_environment) as daemon:
+    with running(tmp_path / "state", *args, env={**small_environment, **UNHURRIED}) as daemon:
         touched, untouched = daemon.status()["replicas"]
         streams = small.stream_all(daemon, NUM_TOKENS)
         wait_tokens(streams, NUM_BEFORE_NOTICE)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.daemon import RunningDaemon, running
+from tests.e2e.daemon import UNHURRIED, RunningDaemon, running
 
 pytestmark = pytest.mark.e2e
 
@@ -22,7 +22,9 @@ def references(daemon: RunningDaemon, max_tokens: int) -> list[list[int]]:
 def test_notice_then_kill(tmp_path: Path, daemon_environment: dict[str, str]) -> None:
     """Tests that a notice moves KV without recompute and a kill recomputes, both with exactly the same tokens."""
     shape = ("-dp", "1", "-pp", "2", "-tp", "2")
-    with running(tmp_path / "state", "--gpu-memory", "24MiB", *shape, env=daemon_environment) as daemon:
+    with running(
+        tmp_path / "state", "--gpu-memory", "24MiB", *shape, env={**daemon_environment, **UNHURRIED}
+    ) as daemon:
         expected = references(daemon, 200)
         streams = [daemon.stream(prompt, max_tokens=200) for prompt in PROMPTS]
         for stream in streams:
@@ -44,7 +46,7 @@ def test_notice_then_kill(tmp_path: Path, daemon_environment: dict[str, str]) ->
 
 def test_default_cluster_shrinks_live(tmp_path: Path, daemon_environment: dict[str, str]) -> None:
     """Tests that on the default cluster both notices from 4 to 2 instances move all KV, and one left is degraded."""
-    with running(tmp_path / "state", env=daemon_environment) as daemon:
+    with running(tmp_path / "state", env={**daemon_environment, **UNHURRIED}) as daemon:
         expected = references(daemon, 120)
         for _ in range(2):
             streams = [daemon.stream(prompt, max_tokens=120) for prompt in PROMPTS]
