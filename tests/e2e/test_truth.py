@@ -117,8 +117,10 @@ def test_streams_are_exact_before_across_and_after_a_kill(
         churn.check()
         daemon.wait_state("serving")
         answers = [line for line in daemon.status()["migrations"] if line["trigger"] == "lost"]
-        assert ["completed"] == [line["outcome"] for line in answers]
-        assert answers[0]["recomputed_tokens"] > 0
+        # A rank that heard its mesh break may be heard before the loss is: that first plan is aborted by the second.
+        *before, last = [line["outcome"] for line in answers]
+        assert ("completed", set()) == (last, set(before) - {"aborted"})
+        assert answers[-1]["recomputed_tokens"] > 0
         assert any(len(owners(daemon, stream)) == 2 for stream in greedy)
         assert small.expected(60) == [stream.wait() for stream in small.stream_all(daemon, 60)]
 
