@@ -62,11 +62,19 @@ class LocalCloud:
     """Launches and kills local instances."""
 
     def __init__(
-        self, launcher: Launcher, *, log_folder: Path, worker_args: Sequence[str], env: Mapping[str, str] | None = None
+        self,
+        launcher: Launcher,
+        *,
+        log_folder: Path,
+        worker_args: Sequence[str],
+        gpu_types: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
     ) -> None:
+        """Instances take the types of `gpu_types` in turn, by their number; an empty one is said to nobody."""
         self._launcher = launcher
         self._log_folder = log_folder
         self._worker_args = tuple(worker_args)
+        self._gpu_types = tuple(gpu_types)
         self._env = dict(env or {})
         self._instances: dict[InstanceId, LocalInstance] = {}
 
@@ -76,10 +84,16 @@ class LocalCloud:
 
     async def launch(self, instance: InstanceId) -> None:
         """Fork the instance; it dials in when it is up."""
-        args = [*self._worker_args, "--instance", instance]
+        args = [*self._worker_args, *self._type_args(instance), "--instance", instance]
         forked = await asyncio.to_thread(self._launcher.fork, args, log=self.log_path(instance), env=self._env)
         self._instances.setdefault(instance, LocalInstance(forked.pid, forked.started_at))
         log.info("instance_launched", instance=instance, process_group=forked.pid)
+
+    def _type_args(self, instance: InstanceId) -> tuple[str, ...]:
+        if not self._gpu_types:
+            return ()
+        name = self._gpu_types[int(instance.removeprefix("i")) % len(self._gpu_types)]
+        return (f"--gpu-type={name}",) if name else ()
 
     def adopt(self, instance: InstanceId, *, process_group: int, started_at: float) -> None:
         """The process group that registered is the instance; another one of its name (launched twice) is ended."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from spotserve.cloud.traces import Trace, TraceEvent, read_trace
+from spotserve.cloud.traces import Trace, TraceEvent, instance_seconds, read_trace
 from spotserve.errors import SpecError
 
 
@@ -104,6 +104,14 @@ def test_published_counts(shared_data: Path, name: str, removals: dict[float, in
     assert end_s == trace.end_s
 
 
+@pytest.mark.parametrize(("name", "minutes", "acquired"), [("trace_0304_real", 195, 4), ("trace_0506_real", 133, 2)])
+def test_published_bills(shared_data: Path, name: str, minutes: int, acquired: int) -> None:
+    """Tests that A_S and B_S have the billed instance-minutes: acting early, an addition has half a minute more."""
+    trace = read_trace(shared_data / "spotserve-paper/traces/availability" / f"{name}.txt")
+    assert trace.end_s is not None
+    assert minutes + acquired / 2 == instance_seconds(trace, until_s=trace.end_s) / 60
+
+
 def test_every_published_trace_is_accepted(shared_data: Path) -> None:
     """Tests that all published availability traces are read, in order of time and without an id used twice."""
     paths = sorted((shared_data / "spotserve-paper/traces/availability").glob("*.txt"))
@@ -156,7 +164,7 @@ def test_refuses_the_impossible_in_our_format(
     ("text", "line", "words"),
     [
         ('[0, "add", {"nodes": ["a"]}]\n[-1, "add", {"nodes": ["b"]}]', 2, "not between 0"),
-        ('[0, "add", {"nodes": ["a"]}]\n[NaN, "add", {"nodes": ["b"]}]', 2, "NaN is no number"),
+        ('[0, "add", {"nodes": ["a"]}]\n[NaN, "add", {"nodes": ["b"]}]', 2, "NaN is not a number"),
         ('[90000, "add", {"nodes": ["a"]}]\n[80000, "add", {"nodes": ["b"]}]', 2, "before the event above"),
         ('[0, "add", {"nodes": ["a"]}]\n\n[1, "remove", {"nodes": ["b"]}]', 3, "'b', which is not there"),
         ('[0, "add", {"nodes": ["a"]}]\n[1, "add", {"nodes": ["a"]}]', 2, "'a', which is living"),
@@ -169,7 +177,7 @@ def test_refuses_the_impossible_in_our_format(
         ('[0, "other", {"nodes": [], "required_tpt": -1}]', 1, "required_tpt -1"),
         ('[0, "other", {"nodes": ["a"]}]', 1, "changes no membership"),
         ("what is this", 1, "not JSON"),
-        ('[0, "add", {"nodes": ["a"], "nodes": ["b"]}]', 1, "stands twice"),
+        ('[0, "add", {"nodes": ["a"], "nodes": ["b"]}]', 1, "is there twice"),
     ],
 )  # fmt: skip
 def test_refuses_the_impossible_in_the_papers_format(tmp_path: Path, text: str, line: int, words: str) -> None:
@@ -189,7 +197,8 @@ def test_refuses_the_impossible_in_the_papers_format(tmp_path: Path, text: str, 
         ('{"format_version": "0.1",\n"events": [', ":2: not JSON"),
         ('{"format_version": "9.0", "events": []}', "format_version"),
         ('{"format_version": "0.1", "events": []}', "has no event"),
-        ('{"format_version": "0.1", "events": [{"at_s": NaN, "kind": "add", "count": 1}]}', "NaN is no number"),
+        ('{"metadata": {"gap_seconds": 300}, "data": [1]}', "counts of a zone"),
+        ('{"format_version": "0.1", "events": [{"at_s": NaN, "kind": "add", "count": 1}]}', "NaN is not a number"),
         ("[" * 100_000, ":1: "),
     ],
 )
