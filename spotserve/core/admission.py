@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from spotserve.core import commands as cmd
 from spotserve.core import events as ev
@@ -24,19 +25,40 @@ def admit(before: ClusterState, state: ClusterState, event: ev.Event) -> Iterato
     waiting.sort(key=lambda r: (r.state != "suspended", r.arrival_index))
     if not waiting:
         return
+    is_static = state.spec is not None and state.spec.limits.batching == "static"
+    batches = _whole_batches(state, waiting) if is_static else _shared_out(state, waiting)
+    for name, requests in batches.items():
+        admissions = [
+            cmd.Admission(request=request.id, kv_generation=request.kv_generation + KV_GENERATIONS_PER_ADMISSION)
+            for request in requests
+        ]
+        generation = state.replicas[name].replica.generation
+        yield cmd.AdmitRequests(replica=name, generation=generation, admissions=tuple(admissions))
+
+
+def _shared_out(state: ClusterState, waiting: list[Request]) -> dict[ReplicaId, list[Request]]:
+    """Each request to the replica with most room; the first that fits nowhere holds up the rest, so none starves."""
     room = {replica.id: _room(state, replica) for replica in state.serving()}
-    batches: dict[ReplicaId, list[cmd.Admission]] = {}
+    batches: dict[ReplicaId, list[Request]] = {}
     for request in waiting:
         roomiest = _roomiest(state, room, request)
         if roomiest is None:
             break
         room[roomiest.id] -= request.num_choices
-        batches.setdefault(roomiest.id, []).append(
-            cmd.Admission(request=request.id, kv_generation=request.kv_generation + KV_GENERATIONS_PER_ADMISSION)
-        )
-    for name, admissions in batches.items():
-        generation = state.replicas[name].replica.generation
-        yield cmd.AdmitRequests(replica=name, generation=generation, admissions=tuple(admissions))
+        batches.setdefault(roomiest.id, []).append(request)
+    return batches
+
+
+def _whole_batches(state: ClusterState, waiting: list[Request]) -> dict[ReplicaId, list[Request]]:
+    """A power of two of requests, at most B, to each replica that runs none: the dispatch of the paper's artifact."""
+    idle = [replica for replica in state.serving() if _room(state, replica) == replica.max_running]
+    batches: dict[ReplicaId, list[Request]] = {}
+    for replica in sorted(idle, key=lambda r: (_preference(state, r), r.id)):
+        if not waiting:
+            break
+        count = 1 << (min(len(waiting), replica.max_running).bit_length() - 1)
+        batches[replica.id], waiting = waiting[:count], waiting[count:]
+    return batches
 
 
 def _readmit(state: ClusterState, replica: Replica) -> Iterator[cmd.Command]:
@@ -60,15 +82,35 @@ def _room(state: ClusterState, replica: Replica) -> int:
 
 
 def _roomiest(state: ClusterState, room: dict[ReplicaId, int], request: Request) -> Replica | None:
-    """The replica with most room; during a run an untouched one before an affected one, doomed ones last."""
+    """The replica with most room among those that are preferred."""
     fitting = [r for r in state.serving() if room[r.id] >= request.num_choices or room[r.id] == r.max_running]
-    if not fitting:
-        return None
-    kept = set() if state.run is None else {r.id for r in state.run.plan.target.replicas}
-    return min(
-        fitting,
-        key=lambda r: (state.run is not None and r.id not in kept, state.doomed(r), -room[r.id], r.id),
-    )
+    return min(fitting, key=lambda r: (_preference(state, r), -room[r.id], r.id), default=None)
+
+
+def _preference(state: ClusterState, replica: Replica) -> tuple[bool, bool]:
+    """During a run an untouched replica before an affected one, doomed ones last."""
+    kept = set() if state.run is None else {one.id for one in state.run.plan.target.replicas}
+    return (state.run is not None and replica.id not in kept, state.doomed(replica))
+
+
+class Start(NamedTuple):
+    """What a leader begins a choice with: the name of its KV, and how many tokens of it are there (None: none)."""
+
+    kv_generation: int
+    kv_tokens: int | None
+
+
+def start_of(admission: cmd.Admission, choice: int) -> Start:
+    """Where a choice begins: with the KV that the manifest names, else from the ledger under a new name."""
+    for position in admission.choices:
+        if position.choice == choice:
+            return Start(position.kv_generation, position.kv_tokens)
+    return Start(admission.kv_generation, None)
+
+
+def tokens_again(prompt_tokens: int, num_tokens: int) -> int:
+    """Tokens that are prefilled a second time for a choice without KV: all but the last, which is the next input."""
+    return prompt_tokens + max(0, num_tokens - 1)
 
 
 def by_arrival(requests: Iterable[Request]) -> list[Request]:

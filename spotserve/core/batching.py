@@ -12,9 +12,10 @@ because everything freed travels to it before the micro-batch that could need th
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from spotserve.core.admission import Start
 from spotserve.core.ids import RequestId
 from spotserve.core.spec import KV_BLOCK_TOKENS
 from spotserve.core.wire import MAX_UNDURABLE_TOKENS, ChoicePosition
@@ -42,6 +43,25 @@ class BatchLimits:
     token_budget: int = DEFAULT_TOKEN_BUDGET
     block_tokens: int = KV_BLOCK_TOKENS
     max_undurable_tokens: int = MAX_UNDURABLE_TOKENS
+    is_static: bool = False
+    """A batch is formed when nothing runs, of a power of two sequences, and runs to its end (the paper's artifact)."""
+
+    @classmethod
+    def of_replica(cls, *, kv_blocks: int, max_running: int, pipeline: int, is_static: bool = False) -> BatchLimits:
+        """The bounds of a replica with so large a KV pool, B and pipeline parallel degree."""
+        if is_static:
+            return cls(
+                num_blocks=kv_blocks,
+                max_running=max_running,
+                token_budget=KV_BLOCK_TOKENS * (kv_blocks + max_running),  # Whole prompts, all of a batch at once.
+                is_static=True,
+            )
+        return cls(
+            num_blocks=kv_blocks,
+            max_running=max_running,
+            max_in_flight=pipeline,
+            token_budget=max(DEFAULT_TOKEN_BUDGET, 2 * max_running),
+        )
 
     def blocks_of(self, num_tokens: int) -> int:
         """Blocks that the KV of `num_tokens` tokens takes."""
@@ -67,6 +87,25 @@ class Sequence:
     is_closing: bool = False
     has_stood_still: bool = False
     """Moved here with its KV, and no iteration since: its client has waited long enough."""
+
+    @classmethod
+    def handed_over(
+        cls, request: RequestId, choice: int, start: Start, *, arrival_index: int, lengths: tuple[int, int, int]
+    ) -> Sequence:
+        """A choice as a leader takes it over; `lengths`: tokens of its prompt, at most, and durable so far."""
+        prompt_tokens, max_tokens, num_tokens = lengths
+        return cls(
+            request=request,
+            choice=choice,
+            kv_generation=start.kv_generation,
+            arrival_index=arrival_index,
+            prompt_tokens=prompt_tokens,
+            max_tokens=max_tokens,
+            num_tokens=num_tokens,
+            # The last known token is the next input, so its KV is never in place.
+            kv_tokens=min(start.kv_tokens or 0, prompt_tokens + num_tokens - 1),
+            durable_tokens=num_tokens,
+        )
 
     @property
     def key(self) -> SequenceKey:
@@ -230,6 +269,45 @@ class Batcher:
                 self._remove(sequence)
         return outcome
 
+    def steps_until_change(self) -> int:
+        """How many more tokens every running sequence gets before any decision: rounds of the same micro-batches.
+
+        0 unless all that runs is out, each with one decode, and nobody who waits could start. Within so many rounds no
+        sequence ends, none is evicted and none meets the bound of undurable tokens, so `advance` may do them at once.
+        """
+        running = [sequence for sequence in self._sequences.values() if sequence.is_running]
+        if self._is_paused or not running or self._could_start() or any(map(self._is_in_a_change, running)):
+            return 0
+        if any(len(batch.items) > self._share() for batch in self._in_flight.values()):
+            return 0  # It would be cut in two when it is back.
+        most = min(
+            min(
+                sequence.max_tokens - sequence.num_tokens,
+                self.limits.max_undurable_tokens - (sequence.num_tokens - sequence.durable_tokens),
+            )
+            for sequence in running
+        )
+        steps = max(0, most - 1)
+        while steps and self._blocks_for(running, steps) > self.free_blocks:
+            steps -= 1
+        return steps
+
+    def advance(self, steps: int) -> None:
+        """Do so many rounds of the micro-batches that are out, at most `steps_until_change()`; they stay out."""
+        if steps == 0:
+            return
+        for sequence in self._sequences.values():
+            if not sequence.is_running:
+                continue
+            self._take_blocks(sequence, self._blocks_for([sequence], steps))
+            sequence.num_tokens += steps
+            sequence.kv_tokens += steps
+            sequence.has_stood_still = False
+        for number, batch in self._in_flight.items():
+            items = tuple(replace(item, start=item.start + steps) for item in batch.items)
+            self._in_flight[number] = MicroBatch(number, items)
+        self.num_iterations += steps * len(self._in_flight)
+
     def take_freed(self) -> list[SequenceKey]:
         """Keys whose KV the ranks must drop before the next micro-batch; each is told once."""
         freed, self._freed = self._freed, []
@@ -278,10 +356,18 @@ class Batcher:
             if not sequence.is_closing
         )
 
+    def find(self, key: SequenceKey) -> Sequence | None:
+        """The open sequence under this key."""
+        sequence = self._sequences.get((key.request, key.choice))
+        return sequence if sequence is not None and sequence.key == key and not sequence.is_closing else None
+
+    def in_flight(self, number: int) -> MicroBatch:
+        """A micro-batch that is out."""
+        return self._in_flight[number]
+
     def is_open(self, key: SequenceKey) -> bool:
         """Whether a sequence is here under this key and nobody closed it."""
-        sequence = self._sequences.get((key.request, key.choice))
-        return sequence is not None and sequence.key == key and not sequence.is_closing
+        return self.find(key) is not None
 
     def drop_kv(self, request: RequestId, choice: int) -> None:
         """A rank turned out not to hold this choice's KV: prefill it again under a new kv_generation."""
@@ -305,26 +391,58 @@ class Batcher:
     def _may_generate(self, sequence: Sequence) -> bool:
         return sequence.num_tokens - sequence.durable_tokens < self.limits.max_undurable_tokens
 
+    def _is_in_a_change(self, sequence: Sequence) -> bool:
+        """Whether a running sequence is anything but out with one decode."""
+        return not sequence.is_in_flight or sequence.is_closing or not sequence.is_decoding
+
+    def _blocks_for(self, running: list[Sequence], steps: int) -> int:
+        """Blocks that these take beyond what they have until their next decode after `steps` more."""
+        return sum(
+            max(0, self.limits.blocks_of(sequence.kv_tokens + steps + 1) - sequence.num_blocks) for sequence in running
+        )
+
+    def _could_start(self) -> bool:
+        """Whether the first that waits would get a running place."""
+        if self.limits.is_static:
+            return False
+        first = next((sequence for sequence in self.sequences() if not sequence.is_running), None)
+        num_running = self.num_running
+        return first is not None and num_running < self.limits.max_running and self._fits_now(first, num_running)
+
+    def _fits_now(self, sequence: Sequence, num_running: int) -> bool:
+        extra = self.limits.blocks_of(sequence.known_tokens) - sequence.num_blocks
+        spare = 1 if num_running else 0  # One block left for a decode, else the newcomer is evicted at once.
+        return extra <= 0 or extra + spare <= self.free_blocks
+
     def _start_waiting(self) -> None:
         """Give running places in order of arrival; the first that does not fit holds up the rest, so none starves."""
         num_running = self.num_running
-        for sequence in self.sequences():
-            if num_running >= self.limits.max_running:
+        if num_running >= self.limits.max_running:
+            return
+        for sequence in self._next_waiting(num_running):
+            if num_running >= self.limits.max_running or not self._fits_now(sequence, num_running):
                 return
-            if sequence.is_running:
-                continue
-            extra = self.limits.blocks_of(sequence.known_tokens) - sequence.num_blocks
-            spare = 1 if num_running else 0  # One block left for a decode, else the newcomer is evicted at once.
-            if extra > 0:
-                if extra + spare > self.free_blocks:
-                    return
-                self._take_blocks(sequence, extra)
+            self._take_blocks(sequence, max(0, self.limits.blocks_of(sequence.known_tokens) - sequence.num_blocks))
             sequence.is_running = True
             num_running += 1
 
+    def _next_waiting(self, num_running: int) -> list[Sequence]:
+        """Who may start, oldest first. Nobody joins a static batch; one that was interrupted goes on as it was."""
+        waiting = [sequence for sequence in self.sequences() if not sequence.is_running]
+        if not self.limits.is_static or not waiting:
+            return waiting
+        if num_running:
+            return []
+        resumed = [sequence for sequence in waiting if sequence.kv_tokens]
+        return resumed or waiting[: 1 << (min(len(waiting), self.limits.max_running).bit_length() - 1)]
+
+    def _share(self) -> int:
+        """Decodes of one micro-batch."""
+        return -(-self.num_running // self.limits.max_in_flight)
+
     def _add_decodes(self, items: list[BatchItem]) -> None:
         """An even share of the decoding sequences, so that the micro-batches of a pipeline are of a size."""
-        share = -(-self.num_running // self.limits.max_in_flight)
+        share = self._share()
         for sequence in self._running():
             if len(items) >= share:
                 return

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from spotserve.core import commands as cmd
 from spotserve.core import events as ev
 from spotserve.core.admission import KV_GENERATIONS_PER_ADMISSION, by_arrival
-from spotserve.core.ids import ReplicaId, RequestId
+from spotserve.core.ids import ReplicaId, RequestId, StepId
 from spotserve.core.plan import CopyKvDelta, KvRoute, Plan, Quiesce, Step
 from spotserve.core.record import record
 from spotserve.core.state import ClusterState, PlanRun, Request
@@ -132,8 +132,8 @@ def _advance(state: ClusterState, run: PlanRun) -> Iterator[cmd.Command]:
         yield cmd.FinishRun(epoch=run.epoch)
 
 
-def _settled(run: PlanRun, step_id: str) -> bool:
-    return any(run.steps[name] in ("done", "late") for name in run.steps if name == step_id)
+def _settled(run: PlanRun, step_id: StepId) -> bool:
+    return run.steps.get(step_id) in ("done", "late")
 
 
 def _is_time(state: ClusterState, run: PlanRun, step: Step) -> bool:

@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from spotserve.core.admission import Start
 from spotserve.core.batching import Batcher, BatchItem, BatchLimits, MicroBatch, SequenceKey
 from spotserve.core.batching import Sequence as BatchedSequence
 from spotserve.core.ids import RequestId
@@ -564,18 +565,12 @@ def _scores_prompt(request: RequestContent, content: ChoiceContent) -> bool:
 
 
 def _sequence(request: RequestContent, content: ChoiceContent) -> BatchedSequence:
-    known = len(request.prompt_ids) + len(content.token_ids)
-    return BatchedSequence(
-        request=request.request,
-        choice=content.choice,
-        kv_generation=content.kv_generation,
+    return BatchedSequence.handed_over(
+        request.request,
+        content.choice,
+        Start(content.kv_generation, content.kv_tokens),
         arrival_index=request.arrival_index,
-        prompt_tokens=len(request.prompt_ids),
-        max_tokens=request.sampling.max_tokens,
-        num_tokens=len(content.token_ids),
-        # The last known token is the next input, so its KV is never in place.
-        kv_tokens=min(content.kv_tokens, known - 1),
-        durable_tokens=len(content.token_ids),
+        lengths=(len(request.prompt_ids), request.sampling.max_tokens, len(content.token_ids)),
     )
 
 

@@ -324,3 +324,126 @@ def test_a_sequence_without_tokens_computes_its_prompt(prompt: int) -> None:
         ended += batcher.commit(batch.number).at_length
     assert (prompt, ["q0", "q1"]) == (computed, sorted(key.request for key in ended))
     assert LIMITS.num_blocks == batcher.free_blocks
+
+
+def snapshot(batcher: Batcher) -> list[tuple[str, int, int, int, int, bool]]:
+    """Tokens, KV and blocks of every open sequence, and the free blocks."""
+    rows = [
+        (one.request, one.choice, one.num_tokens, one.kv_tokens, one.num_blocks, one.is_running)
+        for one in batcher.sequences()
+    ]
+    return [*rows, ("free", 0, batcher.free_blocks, batcher.num_evictions, batcher.num_iterations, False)]
+
+
+def round_robin(batcher: Batcher, out: list[MicroBatch]) -> None:
+    """Bring back the oldest micro-batch and issue what can be issued."""
+    batcher.commit(out.pop(0).number)
+    tell_durable(batcher)
+    issue(batcher, out)
+
+
+def issue(batcher: Batcher, out: list[MicroBatch]) -> None:
+    """Everything that can be scheduled now goes out."""
+    while (batch := batcher.schedule()) is not None:
+        out.append(batch)
+    batcher.take_freed()
+
+
+def tell_durable(batcher: Batcher) -> None:
+    """The ledger keeps up."""
+    for one in batcher.sequences():
+        batcher.set_durable(one.request, one.choice, one.num_tokens)
+
+
+@pytest.mark.parametrize("case", range(200))
+def test_many_steps_at_once_are_the_steps_one_by_one(case: int) -> None:
+    """Tests that `advance(k)` leaves the tokens and block tables that k single rounds leave, and k is not always 0."""
+    rng = random.Random(case)
+    limits = BatchLimits(
+        num_blocks=rng.randint(12, 60),
+        max_running=rng.randint(1, 6),
+        max_in_flight=rng.randint(1, 4),
+        token_budget=rng.randint(24, 96),
+    )
+    if case % 4 == 0:
+        limits = BatchLimits.of_replica(
+            kv_blocks=limits.num_blocks, max_running=limits.max_running, pipeline=1, is_static=True
+        )
+    loads = [(index, rng.randint(1, 60), rng.randint(1, 90)) for index in range(rng.randint(1, 8))]
+    one_by_one, at_once = Batcher(limits), Batcher(limits)
+    single_out: list[MicroBatch] = []
+    jumped_out: list[MicroBatch] = []
+    for index, prompt, max_tokens in loads:
+        for batcher in (one_by_one, at_once):
+            batcher.admit(sequence(index, prompt=prompt, max_tokens=max_tokens))
+    issue(one_by_one, single_out)
+    issue(at_once, jumped_out)
+    num_jumped = 0
+    while jumped_out:
+        steps = at_once.steps_until_change()
+        steps = rng.randint(0, steps) if rng.random() < 0.3 else steps
+        at_once.advance(steps)
+        tell_durable(at_once)
+        for _ in range(steps * len(single_out)):
+            round_robin(one_by_one, single_out)
+        assert snapshot(at_once) == snapshot(one_by_one)
+        assert [[item.key for item in batch.items] for batch in single_out] == [
+            [item.key for item in batch.items] for batch in jumped_out
+        ]
+        num_jumped += steps
+        round_robin(one_by_one, single_out)
+        round_robin(at_once, jumped_out)
+        assert snapshot(at_once) == snapshot(one_by_one)
+    assert num_jumped > 0 or max(max_tokens for _, _, max_tokens in loads) < 12
+
+
+def test_no_steps_at_once_while_something_changes() -> None:
+    """Tests that a prefill under way, one who could start, a pause and a closing sequence allow no jump."""
+    batcher = Batcher(LIMITS)
+    batcher.admit(sequence(0, prompt=60, max_tokens=20))
+    out: list[MicroBatch] = []
+    issue(batcher, out)
+    assert batcher.steps_until_change() == 0
+    for _ in range(2):
+        round_robin(batcher, out)
+    assert batcher.steps_until_change() == 18
+    batcher.admit(sequence(1))
+    assert batcher.steps_until_change() == 0
+    batcher.close(RequestId("q1"))
+    assert batcher.steps_until_change() == 18
+    batcher.pause()
+    assert batcher.steps_until_change() == 0
+    batcher.resume()
+    batcher.close(RequestId("q0"))
+    assert batcher.steps_until_change() == 0
+
+
+def test_a_static_batch_is_a_power_of_two_and_nobody_joins_it() -> None:
+    """Tests that five who wait make batches of 4 and 1, that one who comes meanwhile waits, and the shorter ones too."""
+    limits = BatchLimits.of_replica(kv_blocks=64, max_running=4, pipeline=3, is_static=True)
+    batcher = Batcher(limits)
+    for index in range(5):
+        batcher.admit(sequence(index, prompt=40, max_tokens=3 + index))
+    out: list[MicroBatch] = []
+    issue(batcher, out)
+    assert [keys_of(batch) for batch in out] == [["q0", "q1", "q2", "q3"]]
+    assert out[0].num_rows == 160
+    batcher.admit(sequence(5))
+    batches = []
+    while out:
+        round_robin(batcher, out)
+        batches += [keys_of(batch) for batch in out]
+    assert batches[:5] == [["q0", "q1", "q2", "q3"]] * 2 + [["q1", "q2", "q3"], ["q2", "q3"], ["q3"]]
+    assert batches[5] == ["q4", "q5"]
+
+
+def test_an_interrupted_static_batch_goes_on_whole() -> None:
+    """Tests that three who came with their KV run together at once, before those who wait."""
+    batcher = Batcher(BatchLimits.of_replica(kv_blocks=64, max_running=4, pipeline=1, is_static=True))
+    batcher.admit(sequence(0))
+    for index in (1, 2, 3):
+        moved = sequence(index, prompt=20, max_tokens=9)
+        moved.num_tokens = moved.durable_tokens = 4
+        moved.kv_tokens = 23
+        batcher.admit(moved)
+    assert keys_of(batcher.schedule()) == ["q1", "q2", "q3"]
