@@ -16,6 +16,10 @@ KV_GENERATIONS_PER_ADMISSION = 1_000_000
 for an earlier admission can be taken for that of a later one."""
 
 
+WAITING_BATCHES = 2
+"""Static batches of a replica: the one that runs, and one that waits."""
+
+
 def admit(before: ClusterState, state: ClusterState, event: ev.Event) -> Iterator[cmd.Command]:
     """Hand waiting requests to replicas with room: interrupted ones first, then by arrival."""
     if isinstance(event, ev.CoordinatorRestarted):
@@ -50,14 +54,23 @@ def _shared_out(state: ClusterState, waiting: list[Request]) -> dict[ReplicaId, 
 
 
 def _whole_batches(state: ClusterState, waiting: list[Request]) -> dict[ReplicaId, list[Request]]:
-    """A power of two of requests, at most B, to each replica that runs none: the dispatch of the paper's artifact."""
-    idle = [replica for replica in state.serving() if _room(state, replica) == replica.max_running]
+    """Static batches as the paper's artifact hands them out: a power of two, at most B, to each replica that runs none.
+
+    When none is idle the one with the fewest gets more, until each has a full batch waiting beside the one that runs.
+    """
+    left = list(waiting)
+    owned = {replica.id: replica.max_running - _room(state, replica) for replica in state.serving()}
     batches: dict[ReplicaId, list[Request]] = {}
-    for replica in sorted(idle, key=lambda r: (_preference(state, r), r.id)):
-        if not waiting:
-            break
-        count = 1 << (min(len(waiting), replica.max_running).bit_length() - 1)
-        batches[replica.id], waiting = waiting[:count], waiting[count:]
+    for replica in sorted(state.serving(), key=lambda r: (_preference(state, r), r.id)):
+        if not owned[replica.id] and left:
+            count = 1 << (min(len(left), replica.max_running).bit_length() - 1)
+            batches[replica.id], left = left[:count], left[count:]
+            owned[replica.id] = count
+    most = {replica.id: WAITING_BATCHES * replica.max_running for replica in state.serving()}
+    while left and (open_ids := [name for name in owned if owned[name] < most[name]]):
+        name = min(open_ids, key=lambda one: (owned[one], one))
+        batches.setdefault(name, []).append(left.pop(0))
+        owned[name] += 1
     return batches
 
 

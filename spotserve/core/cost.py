@@ -173,7 +173,13 @@ class Pool:
 
 
 def pool_throughput_rps(spec: ServingSpec, pool: Pool, workload: Workload) -> float:
-    """Requests per second that the replicas of a pool finish together when B sequences run on each."""
+    """Requests per second that the replicas of a pool finish together when B sequences run on each.
+
+    A static batch has the pipeline to itself: phi = D * B / l_exe (the paper's section 3.2).
+    """
+    if spec.limits.batching == "static":
+        execution = pipeline_execution_ms(spec, pool.shape, workload, running=pool.max_running)
+        return pool.data * pool.max_running * 1000.0 / execution
     stages = pool.shape.pipeline
     rows = max(1, ceil(pool.max_running / stages))
     prompt = slowest_stage_ms(spec, pool.shape, tokens=max(1, workload.prompt_tokens))

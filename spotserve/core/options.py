@@ -1,6 +1,6 @@
 """What a person may decide about a daemon: the flags of `spotserve run`, validated and with their defaults.
 
-The command line, the environment and the configuration file all end here (`cli/config.py`); `app.py` reads
+The command line, the environment and the configuration file all end here (`cli/config.py`); `app/` reads
 nothing else. Paths are strings, as core knows no file system.
 """
 
@@ -11,12 +11,12 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from spotserve.core.frozen import Frozen
-from spotserve.core.spec import DType, LinearKind
+from spotserve.core.spec import DType, LinearKind, Profile
 
 Device = Literal["cpu", "cuda"]
 LogFormat = Literal["console", "json"]
 
-POLICY_NAMES = ("live", "reroute", "reparallelize")
+POLICY_NAMES = ("live", "paper", "reroute", "reparallelize")
 SOLVER_NAMES: dict[str, tuple[str, ...]] = {
     "configure": ("cpsat", "enumerate", "paper", "paper-as-published"),
     "place": ("makespan", "reuse", "paper", "rank-order"),
@@ -57,6 +57,10 @@ class RunOptions(Frozen):
     data: int | None = Field(default=None, ge=1)
     pipeline: int | None = Field(default=None, ge=1)
     tensor: int | None = Field(default=None, ge=1)
+    gpu_profiles: tuple[Profile, ...] = ()
+    """Measured times of GPU types beside the one that is measured here; each one's `device` names its type."""
+    gpu_types: tuple[str, ...] = ()
+    """Types that the local cloud's instances take in turn; empty: all are the profile's own."""
     dtype: DType | None = None
     device: Device = "cpu"
     policy: str = "live"

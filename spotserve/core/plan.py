@@ -6,6 +6,8 @@ done. Nothing secret and no wall-clock time is in a plan.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -23,6 +25,7 @@ Reason = Literal[
     "new_stage",
     "holder_doomed",
     "holder_alive",
+    "instance_fetches",
     "no_holder",
     "ports_full",
     "request_moves",
@@ -207,6 +210,14 @@ Step = Annotated[
 ]
 
 
+WEIGHT_KINDS = ("copy_weights", "load_weights")
+KV_KINDS = ("copy_kv", "copy_kv_delta")
+COPY_KINDS = ("copy_weights", *KV_KINDS)
+"""Step kinds with a source and a destination."""
+PREPARING_KINDS = (*WEIGHT_KINDS, "copy_kv")
+"""What moves bytes while the old replica decodes, if the plan is live."""
+
+
 class Target(Frozen):
     """Every replica after the plan; untouched ones keep id and generation."""
 
@@ -242,6 +253,20 @@ class Estimates(Frozen):
     slack_s: float | None = None
 
 
+class Cost(Frozen):
+    """What the fleet costs before the event and after it, US dollars: every living GPU at the profile's price.
+
+    Dollars per million tokens are those of output at the most load that the replicas take; None where none serves. A
+    stop costs what the GPUs that it stops cost meanwhile.
+    """
+
+    before_usd_per_h: float = Field(ge=0)
+    after_usd_per_h: float = Field(ge=0)
+    before_usd_per_million_tokens: float | None = Field(default=None, ge=0)
+    after_usd_per_million_tokens: float | None = Field(default=None, ge=0)
+    stall_usd: float = Field(default=0.0, ge=0)
+
+
 class Plan(Frozen):
     """A whole migration plan."""
 
@@ -260,10 +285,26 @@ class Plan(Frozen):
     requests: tuple[RequestAction, ...] = ()
     solver: dict[str, SolverReport] = {}
     estimates: Estimates = Estimates()
+    cost: Cost | None = Field(default=None, exclude_if=lambda cost: cost is None)
+    """None where the profile has no price of a GPU that is paid for."""
     fallback: tuple[Literal["all_kv", "hottest_kv", "tokens_only"], ...] = ("all_kv", "hottest_kv", "tokens_only")
     applyable: bool
     complete: bool
     steps: tuple[Step, ...] = ()
+
+    @cached_property
+    def stops(self) -> tuple[int, ...]:
+        """The indices of the quiesce steps: these wait for their time as well."""
+        return tuple(index for index, step in enumerate(self.steps) if isinstance(step, Quiesce))
+
+    @cached_property
+    def followers(self) -> Mapping[StepId, tuple[int, ...]]:
+        """Of each step that others depend on, the indices of those and of the quiesce steps, ascending."""
+        after: dict[StepId, set[int]] = {}
+        for index, step in enumerate(self.steps):
+            for name in step.depends_on:
+                after.setdefault(name, set(self.stops)).add(index)
+        return {name: tuple(sorted(indices)) for name, indices in after.items()}
 
 
 class PlanningProblem(Frozen):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from spotserve.core import commands as cmd
 from spotserve.core import events as ev
@@ -44,7 +44,7 @@ def begin(state: ClusterState, plan: Plan) -> Iterator[cmd.Command]:
         at_s = max(state.at_s, min(deadlines) - DEADLINE_MARGIN_S)
         yield cmd.SetTimer(timer=f"delta:{plan.epoch.to}", at_s=at_s)
     assert state.run is not None
-    yield from _advance(state, state.run)
+    yield from _advance(state, state.run, state.run.plan.steps)
 
 
 def drive_run(before: ClusterState, state: ClusterState, event: ev.Event) -> Iterator[cmd.Command]:
@@ -61,7 +61,17 @@ def drive_run(before: ClusterState, state: ClusterState, event: ev.Event) -> Ite
         return
     if run.committed and before.run is not None and before.run.committed:
         yield from _admit_moved(state, run, lambda replica: _kv_arrived(run, replica, before=before.run))
-    yield from _advance(state, run)
+    yield from _advance(state, run, _enabled_by(run.plan, event))
+
+
+def _enabled_by(plan: Plan, event: ev.Event) -> Sequence[Step]:
+    """The steps that an event may let start, in the plan's order: all, but after a single step's end.
+
+    A plan of a thousand GPUs has tens of thousands of steps, and as many of these events.
+    """
+    if not isinstance(event, ev.StepDone | ev.Quiesced) or event.epoch != plan.epoch.to:
+        return plan.steps
+    return [plan.steps[index] for index in plan.followers.get(event.step, plan.stops)]
 
 
 def _restart_run(state: ClusterState, run: PlanRun) -> Iterator[cmd.Command]:
@@ -73,7 +83,7 @@ def _restart_run(state: ClusterState, run: PlanRun) -> Iterator[cmd.Command]:
         if run.steps[step.id] == "running":
             yield _execution(state, run, step)
     yield from _admit_moved(state, run, lambda replica: _kv_arrived(run, replica))
-    yield from _advance(state, run)
+    yield from _advance(state, run, run.plan.steps)
 
 
 def _abort_reason(state: ClusterState, run: PlanRun, event: ev.Event) -> str | None:
@@ -105,9 +115,9 @@ def _abort(state: ClusterState, run: PlanRun, reason: str) -> Iterator[cmd.Comma
         yield cmd.SetTimer(timer="replan", at_s=retry_at_s(state))
 
 
-def _advance(state: ClusterState, run: PlanRun) -> Iterator[cmd.Command]:
-    """Everything that can happen now; a step that ends at once lets the next begin in the same entry."""
-    for step in run.plan.steps:
+def _advance(state: ClusterState, run: PlanRun, steps: Sequence[Step]) -> Iterator[cmd.Command]:
+    """Everything that can happen now, of these steps; one that ends at once lets the next begin in the same entry."""
+    for step in steps:
         if step.kind in ("commit", "recompute") or run.steps[step.id] != "pending":
             continue
         if _may_start(run, step) and _is_time(state, run, step):
@@ -126,7 +136,7 @@ def _advance(state: ClusterState, run: PlanRun) -> Iterator[cmd.Command]:
         assert state.run is not None
         committed = state.run
         yield from _admit_moved(state, committed, lambda replica: _kv_arrived(committed, replica))
-        yield from _advance(state, committed)
+        yield from _advance(state, committed, committed.plan.steps)
         return
     if run.committed and all(status in ("done", "late") for status in run.steps.values()):
         yield cmd.FinishRun(epoch=run.epoch)

@@ -17,8 +17,16 @@ from spotserve.core.frozen import Frozen
 ParameterKind = Literal["col", "row", "packed_col", "replicated", "reduce_output"]
 DType = Literal["float32", "bfloat16", "float16"]
 LinearKind = Literal["plain", "prepacked"]
+Batching = Literal["continuous", "static"]
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+POLICY_VERSION = 1
+"""Counts changes to what the controller decides: raise it with any change that makes a recorded decision another.
+
+Journals say under which version they were decided; a replay compares decisions only if it is this one.
+"""
+MAX_USD_PER_HOUR = 1e6
+"""The dearest GPU that a profile may name: sums of prices stay numbers."""
 KV_BLOCK_TOKENS = 16
 """Tokens per KV cache block; equal to the query tile of deterministic mode."""
 
@@ -118,15 +126,20 @@ class LatencyPoint(Frozen):
 
 
 class DeviceProfile(Frozen):
-    """Measured times of a GPU type beside the profile's own, and what such a GPU costs."""
+    """Measured times of a GPU type beside the profile's own, and what such a GPU costs (US dollars), if known."""
 
     type: str = Field(min_length=1)
     latencies: tuple[LatencyPoint, ...] = Field(min_length=1)
-    price_per_hour: float = Field(default=1.0, gt=0)
+    price_per_hour: float | None = Field(
+        default=None, gt=0, le=MAX_USD_PER_HOUR, exclude_if=lambda price: price is None
+    )
 
 
 class Profile(Frozen):
-    """Measured times and rates the cost model works with; `devices` are the GPU types beside `device`."""
+    """Measured times and rates the cost model works with; `devices` are the GPU types beside `device`.
+
+    `source` says where times and prices are from; `price_per_hour` is that of one GPU in US dollars, if known.
+    """
 
     name: str
     source: str
@@ -137,7 +150,9 @@ class Profile(Frozen):
     storage_bytes_per_s: float = Field(gt=0)
     round_trip_s: float = Field(default=0.002, ge=0)
     start_s: float = Field(default=5.0, ge=0)
-    price_per_hour: float = Field(default=1.0, gt=0, exclude_if=lambda price: price == 1.0)
+    price_per_hour: float | None = Field(
+        default=None, gt=0, le=MAX_USD_PER_HOUR, exclude_if=lambda price: price is None
+    )
     devices: tuple[DeviceProfile, ...] = Field(default=(), exclude_if=lambda devices: not devices)
 
     @model_validator(mode="after")
@@ -168,10 +183,15 @@ class Profile(Frozen):
             for name, latencies in by_type.items()
         }
 
-    def price_of(self, gpu_type: str) -> float:
-        """What a GPU of a type costs per hour, in one currency for all types."""
+    def price_of(self, gpu_type: str) -> float | None:
+        """US dollars per hour of a GPU of a type; None if nobody said."""
         device = self.device_of(gpu_type)
         return self.price_per_hour if device is None else device.price_per_hour
+
+    def compared_price_of(self, gpu_type: str) -> float:
+        """The same where fleets are compared: a GPU of unknown price counts as 1, so that fewer are cheaper."""
+        price = self.price_of(gpu_type)
+        return 1.0 if price is None else price
 
 
 class Limits(Frozen):
@@ -184,6 +204,8 @@ class Limits(Frozen):
     max_model_len: int = Field(ge=1)
     kv_block_tokens: int = Field(default=KV_BLOCK_TOKENS, ge=1)
     migration_headroom_bytes: int = Field(default=0, ge=0)
+    batching: Batching = Field(default="continuous", exclude_if=lambda batching: batching == "continuous")
+    """`static` batches are those of the SpotServe paper's artifact; only the simulator knows them."""
     min_kv_tokens: int = Field(default=0, ge=0)
     """KV tokens one replica must at least hold; 0 means one sequence of `max_model_len`."""
 
@@ -200,7 +222,7 @@ class ServingSpec(Frozen):
     profile: Profile
     limits: Limits
     policy: str = "live"
-    policy_version: int = 1
+    policy_version: int = POLICY_VERSION
     solvers: dict[str, str] = {}
     deterministic: bool = True
     linear: LinearKind = "plain"

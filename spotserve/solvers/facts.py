@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
-from spotserve.core.ids import GpuId
+from spotserve.core.cost import PipelineShape
+from spotserve.core.ids import GpuId, natural_key
 from spotserve.core.plan import PlanningProblem
 from spotserve.core.snapshot import Holding, Replica
 from spotserve.core.spec import ModelSpec, ServingSpec, weight_copies
-from spotserve.solvers.gpu_kinds import types_of
+from spotserve.solvers.gpu_kinds import shape_of, types_of
 from spotserve.solvers.ranges import Catalog, Ranges
 from spotserve.solvers.registry import chosen_solvers
-from spotserve.solvers.view import View, kv_tokens, look, natural_key, requests_of
+from spotserve.solvers.view import View, kv_tokens, look, requests_of
+
+Shape = TypeVar("Shape", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,29 @@ class Facts:
         """The policy that decides."""
         return self.problem.spec.policy
 
+    def shape_of(self, replica: Replica) -> PipelineShape:
+        """A replica's stages, each with its layers and GPU type."""
+        return shape_of(replica, self.types, self.spec.profile)
+
+    def idle(self, untouched: tuple[Replica, ...]) -> tuple[GpuId, ...]:
+        """The GPUs that stay and that no `untouched` replica uses."""
+        used = {gpu for replica in untouched for gpu in replica.gpus}
+        return tuple(gpu for gpu in self.view.staying if gpu not in used)
+
+    def kept(self, shapes: Iterable[Shape], key: Callable[[Replica], Shape]) -> tuple[Replica, ...]:
+        """The intact replicas that a target of these shapes keeps: of each shape at most as many as are named.
+
+        Those with the most KV are kept first; the answer is in natural order.
+        """
+        left = Counter(shapes)
+        kept = []
+        for replica in sorted(self.view.intact, key=lambda r: (-self.progress(r), natural_key(r.id))):
+            shape = key(replica)
+            if left[shape]:
+                left[shape] -= 1
+                kept.append(replica)
+        return tuple(sorted(kept, key=lambda r: natural_key(r.id)))
+
     def progress(self, replica: Replica) -> int:
         """Tokens of a replica's requests whose KV is in place."""
         return sum(kv_tokens(request) for request in requests_of(self.problem, replica.id))
@@ -71,7 +99,7 @@ def gather(problem: PlanningProblem) -> Facts:
         problem=problem,
         view=look(problem),
         catalog=catalog,
-        solvers=chosen_solvers(problem.spec.solvers),
+        solvers=chosen_solvers(problem.spec.solvers, policy=problem.spec.policy),
         holdings=holdings,
         held={gpu: catalog.held(holding) for gpu, holding in sorted(holdings.items())},
         types=types_of(problem.snapshot.world, problem.spec.profile),

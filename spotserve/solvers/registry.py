@@ -25,12 +25,19 @@ LIBRARY_SOLVERS: dict[str, tuple[str, ...]] = {"fleet": tuple(FLEETS)}
 """Solvers that no plan uses, for those who call them: what to buy, where no cloud of this daemon sells."""
 
 DEFAULTS = {"configure": "cpsat", "place": "makespan", "migrate": "layered", "arrange": "scan", "ladder": "priced"}
-POLICIES = ("live", "reroute", "reparallelize")
+PAPER_DEFAULTS = {
+    "configure": "paper",
+    "place": "paper",
+    "migrate": "paper",
+    "arrange": "paper",
+    "ladder": "longest_first",
+}
+POLICIES = ("live", "paper", "reroute", "reparallelize")
 
 
-def chosen_solvers(overrides: Mapping[str, str]) -> dict[str, str]:
-    """The solver of each kind: the default, or what `overrides` names. Raises SpecError for an unknown one."""
-    chosen = dict(DEFAULTS)
+def chosen_solvers(overrides: Mapping[str, str], *, policy: str = "live") -> dict[str, str]:
+    """The solver of each kind: the policy's, or what `overrides` names. Raises SpecError for an unknown one."""
+    chosen = dict(PAPER_DEFAULTS if policy == "paper" else DEFAULTS)
     for kind, name in sorted(overrides.items()):
         if kind in LIBRARY_SOLVERS:
             raise SpecError(f"solver kind {kind!r} {NOT_IN_PLANS[kind]}", hint=f"call spotserve.solvers.{kind}")

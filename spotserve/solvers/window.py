@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection
 
 from spotserve.core.snapshot import Replica
@@ -73,6 +74,9 @@ def stop_problem(draft: Draft, *, left_s: float) -> ArrangeProblem:
         )
         for name in sorted(hurried)
     )
+    if draft.layer_by_layer is not None and hurried and weights:
+        kv = tuple(max((port.token_bytes[index] for port in ports), default=0) for index in range(len(stopping)))
+        ports = (*ports, Port("layers one after another", layered_bytes(draft), kv))
     reserve_s = margin_s(left_s) + CUT_OVER_TRIPS * profile.round_trip_s + max(tokens_s)
     return ArrangeProblem(
         # A grace period that is over does not make a stop that moves nothing impossible.
@@ -85,6 +89,16 @@ def stop_problem(draft: Draft, *, left_s: float) -> ArrangeProblem:
         ),
         ports=ports,
     )
+
+
+def layered_bytes(draft: Draft) -> int:
+    """What passes the fullest port of each layer, all layers together: none begins before the last one has arrived."""
+    loads: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+    for transfer in draft.transfers:
+        for part in transfer.parts:
+            for port in passed(transfer):
+                loads[part.layer][port] += part.bytes
+    return sum(max(ports.values()) for ports in loads.values())
 
 
 def _streams(draft: Draft, replica: Replica, moving: Collection[str]) -> tuple[Stream, ...]:

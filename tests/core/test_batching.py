@@ -419,7 +419,7 @@ def test_no_steps_at_once_while_something_changes() -> None:
 
 
 def test_a_static_batch_is_a_power_of_two_and_nobody_joins_it() -> None:
-    """Tests that five who wait make batches of 4 and 1, that one who comes meanwhile waits, and the shorter ones too."""
+    """Tests that five who wait make batches of 4 and 1, and that one who comes meanwhile waits for the next."""
     limits = BatchLimits.of_replica(kv_blocks=64, max_running=4, pipeline=3, is_static=True)
     batcher = Batcher(limits)
     for index in range(5):

@@ -17,7 +17,8 @@ from spotserve.core.cost import replica_shards
 from spotserve.core.plan import CopyKv, CopyKvDelta, CopyWeights, LoadWeights, Plan, Quiesce, Release, Reserve, Trigger
 from spotserve.core.slices import kv_block_bytes, shard_bytes
 from spotserve.errors import SpecError
-from spotserve.solvers.planner import answer, make_plan, serve
+from spotserve.solvers.planner import make_plan
+from spotserve.solvers.planner_server import answer, serve
 from tests import planning_worlds
 from tests.planning_worlds import (
     KIB,
@@ -137,7 +138,7 @@ def test_first_placement_loads_from_storage() -> None:
     )
     world = problem.snapshot.world.model_copy(update={"replicas": (), "holdings": (), "epoch": 0})
     snapshot = problem.snapshot.model_copy(update={"world": world})
-    for policy in ("live", "reroute", "reparallelize"):
+    for policy in ("live", "paper", "reroute", "reparallelize"):
         spec = tiny_spec(policy=policy)
         plan = make_plan(problem.model_copy(update={"spec": spec, "snapshot": snapshot, "epoch_to": 1}))
         assert ("live", {1}) == (plan.mode, {one.generation for one in plan.target.replicas})
@@ -165,7 +166,7 @@ def test_nothing_fits() -> None:
 def test_nothing_to_do() -> None:
     """Tests that a load that the running layout serves makes an empty plan that cannot be applied."""
     problem = running_problem(tiny_spec(), shape=(2, 2, 1), memory_bytes=3 * MIB, trigger=Trigger(kind="load"))
-    for policy in ("live", "reroute", "reparallelize"):
+    for policy in ("live", "paper", "reroute", "reparallelize"):
         plan = make_plan(problem.model_copy(update={"spec": tiny_spec(policy=policy)}))
         assert ((), False, True) == (plan.steps, plan.applyable, plan.complete)
 
@@ -253,6 +254,36 @@ def test_reparallelize_restarts_everything() -> None:
     assert () == check_plan(plan)
 
 
+def test_the_paper_stops_what_it_changes() -> None:
+    """Tests that the paper's policy uses the paper's solvers and replaces every replica in place, with its KV."""
+    problem = running_problem(
+        tiny_spec(policy="paper"), shape=(2, 2, 1), memory_bytes=4 * MIB, trigger=notice("i2"), spare=1, kv_blocks=16
+    )
+    plan = make_plan(problem)
+    assert ("in_place", {4}) == (plan.mode, {one.generation for one in plan.target.replicas})
+    assert {
+        "configure": "paper",
+        "place": "paper",
+        "migrate": "paper",
+        "arrange": "paper",
+        "ladder": "longest_first",
+    } == {kind: report.name for kind, report in plan.solver.items() if kind != "memory"}
+    assert ["quiesce", "quiesce"] == [kind for kind in kinds(plan) if kind == "quiesce"]
+    assert "copy_kv" in kinds(plan)
+    assert () == check_plan(plan)
+
+
+def test_the_paper_lets_run_what_it_only_adds_to() -> None:
+    """Tests that a second replica of the same shape comes up while the first one serves on."""
+    trigger = Trigger.model_validate({"kind": "joined", "instances": ["i3"]})
+    spec = tiny_spec(policy="paper", pipeline=2, tensor=1)
+    plan = make_plan(running_problem(spec, shape=(1, 2, 1), memory_bytes=3 * MIB, trigger=trigger, spare=2))
+    assert {"r3.1": [["i0/0"], ["i1/0"]]}.items() <= layout(plan).items()
+    assert 2 == len(plan.target.replicas)
+    assert "quiesce" not in kinds(plan)
+    assert () == check_plan(plan)
+
+
 def reshaped_within(memory_bytes: int, *, migrate: str = "layered", kv_blocks: int = 5) -> Plan:
     """A plan that turns two stages into two tensor ranks on the same two GPUs of so much memory."""
     spec = tiny_spec(solvers={"migrate": migrate}, max_model_len=64, pipeline=1, tensor=2)
@@ -334,7 +365,7 @@ def test_same_problem_same_bytes_in_any_process() -> None:
     plans = set()
     for seed in ("0", "1", "42"):
         done = subprocess.run(
-            [sys.executable, "-m", "spotserve.solvers.planner"],
+            [sys.executable, "-m", "spotserve.solvers.planner_server"],
             input=line,
             capture_output=True,
             text=True,

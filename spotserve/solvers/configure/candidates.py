@@ -46,6 +46,7 @@ class Candidate:
     cost_micro: int
     unserved: int
     latency_us: int
+    execution_us: int
     throughput_urps: int
     disturbed: int
     reshaped: int
@@ -147,7 +148,7 @@ def _rows_of_degree(
     # How many average sequences the KV pool really holds at once.
     tokens = max(1, workload.prompt_tokens + workload.output_tokens)
     batch = np.maximum(1, np.minimum(max_running, blocks * spec.limits.kv_block_tokens // tokens))
-    latency_ms, throughput_rps = _times(spec, workload, data, pipeline, batch, tensor=tensor)
+    latency_ms, execution_ms, throughput_rps = _times(spec, workload, data, pipeline, batch, tensor=tensor)
     gpus = data * pipeline * tensor
     return {
         "data": data,
@@ -155,11 +156,12 @@ def _rows_of_degree(
         "tensor": np.full_like(data, tensor),
         "max_running": max_running,
         "gpus": gpus,
-        "cost_micro": gpus * round(spec.profile.price_per_hour * MICRO),
+        "cost_micro": gpus * round(spec.profile.compared_price_of("") * MICRO),
         "unserved": np.isinf(latency_ms).astype(np.int64),
         "latency_us": np.where(
             np.isinf(latency_ms), UNSERVED_US, np.rint(np.minimum(latency_ms * 1000, UNSERVED_US))
         ).astype(np.int64),
+        "execution_us": np.rint(execution_ms * 1000).astype(np.int64),
         "throughput_urps": np.rint(throughput_rps * 1e6).astype(np.int64),
         "disturbed": _disturbed(intact, data, pipeline, tensor=tensor),
         "reshaped": _reshaped(shapes, pipeline, tensor=tensor),
@@ -187,8 +189,8 @@ def _positions(spec: ServingSpec, sizes: ShardSizes, stages: Ints, *, tensor: in
 
 def _times(
     spec: ServingSpec, workload: Workload, data: Ints, pipeline: Ints, batch: Ints, *, tensor: int
-) -> tuple[Floats, Floats]:
-    """l_req in ms (infinite: not served) and requests per second of each row, as `core/cost.py` computes them."""
+) -> tuple[Floats, Floats, Floats]:
+    """l_req in ms (infinite: not served), l_exe of a full batch and requests per second, as `core/cost.py` has them."""
     curve = latency_curve(spec.profile, tensor=tensor)
     layers = -(-spec.model.num_layers // pipeline)
     overhead = spec.profile.stage_overhead_ms
@@ -206,10 +208,12 @@ def _times(
     in_flight = np.minimum(batch, pipeline)
     per_token = stage_ms(batch) * pipeline / (in_flight * np.maximum(1, -(-batch // pipeline)))
     capacity = data * 1000.0 / (prompt * pipeline / in_flight + workload.output_tokens * per_token)
+    if spec.limits.batching == "static":
+        capacity = data * batch * 1000.0 / execution_ms(batch)
     running = np.ones_like(data)
     load = workload.load_rps
     if load <= 0:
-        return execution_ms(running), capacity
+        return execution_ms(running), execution_ms(batch), capacity
     for _ in range(OCCUPANCY_ROUNDS):
         busy = np.ceil(load / data * (execution_ms(running) / 1000.0))
         running = np.minimum(batch, np.maximum(1.0, np.minimum(busy, 2.0**52)).astype(np.int64))
@@ -219,7 +223,7 @@ def _times(
     utilisation = np.where(served, load / capacity, 0.5)
     crowding = utilisation ** (np.sqrt(2.0 * (servers + 1)) - 1.0)
     waiting = execution * crowding / (servers * (1.0 - utilisation))
-    return np.where(served, waiting + execution, np.inf), capacity
+    return np.where(served, waiting + execution, np.inf), execution_ms(batch), capacity
 
 
 def _disturbed(intact: Sequence[Replica], data: Ints, pipeline: Ints, *, tensor: int) -> Ints:

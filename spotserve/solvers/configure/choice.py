@@ -14,6 +14,7 @@ import numpy as np
 from ortools.sat.python import cp_model
 
 from spotserve.solvers.configure.candidates import Ints, Table
+from spotserve.solvers.cp_sat import new_solver, require_exact
 from spotserve.solvers.result import Result
 
 TOLERANCE_PERMILLE = 50
@@ -22,8 +23,6 @@ RESHAPE_GAIN_PERMILLE = 1250
 under an unknown load what runs is kept."""
 
 MAX_DETERMINISTIC_TIME = 10.0
-MAX_SUM = 2**52
-"""CP-SAT keeps objectives in doubles: larger integers come back changed, with status OPTIMAL."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +86,7 @@ def choose_by_cpsat(table: Table, goals: Sequence[Goal]) -> Result[int]:
     model = cp_model.CpModel()
     taken = [model.new_bool_var(f"c{row}") for row in kept]
     model.add_exactly_one(taken)
-    solver = new_solver()
+    solver = new_solver(MAX_DETERMINISTIC_TIME)
     bound, proven, branches = 0.0, True, 0
     for level in levels:
         costs = level.costs[kept].tolist()
@@ -113,22 +112,6 @@ def choose_by_cpsat(table: Table, goals: Sequence[Goal]) -> Result[int]:
         bound,
         statistics={"columns": len(table), "undominated": len(kept), "branches": branches},
     )
-
-
-def new_solver() -> cp_model.CpSolver:
-    """CP-SAT that answers the same on every run: one worker, a seed, deterministic time."""
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = 1
-    solver.parameters.random_seed = 1
-    solver.parameters.linearization_level = 2
-    solver.parameters.max_deterministic_time = MAX_DETERMINISTIC_TIME
-    return solver
-
-
-def require_exact(largest_sum: int) -> None:
-    """Refuse a linear sum that doubles cannot hold exactly. Raises ValueError."""
-    if largest_sum >= MAX_SUM:
-        raise ValueError(f"a sum of {largest_sum} is not below {MAX_SUM}: choose a coarser unit")
 
 
 @dataclass(frozen=True, slots=True)

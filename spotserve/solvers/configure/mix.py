@@ -15,8 +15,9 @@ from ortools.sat.python import cp_model
 from spotserve.core.cost import SERVES_MARGIN, Pool, Workload, pools_request_ms
 from spotserve.core.spec import ServingSpec
 from spotserve.solvers.configure.candidates import MICRO
-from spotserve.solvers.configure.choice import TOLERANCE_PERMILLE, new_solver, require_exact
+from spotserve.solvers.configure.choice import MAX_DETERMINISTIC_TIME, TOLERANCE_PERMILLE
 from spotserve.solvers.configure.templates import Template
+from spotserve.solvers.cp_sat import new_solver, require_exact
 from spotserve.solvers.result import Result
 
 SHARES = 1000
@@ -101,7 +102,7 @@ def _solve(problem: MixProblem, *, serves: bool) -> Result[Mix]:
     if not problem.templates:
         return Result(None, "infeasible")
     master = _build(problem, serves=serves)
-    solver = new_solver()
+    solver = new_solver(MAX_DETERMINISTIC_TIME)
     templates, counts = problem.templates, master.counts
     throughput = _sum(counts, [t.throughput_urps for t in templates], master.largest)
     price = _sum(counts, [t.cost_micro for t in templates], master.largest)

@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from spotserve.core.cost import PipelineShape, Workload, pools_request_ms
 from spotserve.core.plan import SolverReport
 from spotserve.core.spec import ServingSpec
+from spotserve.errors import SpecError
 from spotserve.solvers.configure.candidates import MICRO, UNSERVED_US
 from spotserve.solvers.configure.choice import RESHAPE_GAIN_PERMILLE
 from spotserve.solvers.configure.mix import SHARES, Mix, MixProblem, names_of, operating_points, pools_of, solve_mix
 from spotserve.solvers.configure.templates import GpuKind, Template, TemplateMaker, undominated_templates
+from spotserve.solvers.estimate import workload_of
+from spotserve.solvers.facts import Facts
+from spotserve.solvers.gpu_kinds import kinds_of
 from spotserve.solvers.result import Result
 
 
@@ -172,6 +176,20 @@ class MixConfigurer:
             }
         )
         return MixChoice(replicas, report)
+
+
+def configure_by_type(facts: Facts) -> MixChoice:
+    """The mix for the GPUs that stay. Raises SpecError where the solver asked for knows one GPU type only."""
+    solver = facts.solvers["configure"]
+    if solver != "cpsat":
+        names = ", ".join(sorted({facts.types[gpu] or facts.spec.profile.device for gpu in facts.view.staying}))
+        raise SpecError(
+            f"configure={solver} knows fleets of the profile's own GPU type only, these are {names}",
+            hint="--solver configure=cpsat",
+        )
+    kinds = kinds_of(facts.view.staying, facts.view.memory, facts.types)
+    running = [facts.shape_of(replica) for replica in facts.view.intact]
+    return configure_mix(facts.spec, kinds, workload_of(facts.problem), running)
 
 
 def configure_mix(

@@ -168,7 +168,7 @@ class TemplateMaker:
         loads = tuple(StageLoad(count, self.kinds[kind].type) for count, kind in zip(layers, chosen, strict=True))
         shape = PipelineShape(tensor, loads)
         uses = tuple(list(chosen).count(kind) * tensor for kind in range(len(self.kinds)))
-        prices = [round(self.spec.profile.price_of(kind.type) * MICRO) for kind in self.kinds]
+        prices = [round(self.spec.profile.compared_price_of(kind.type) * MICRO) for kind in self.kinds]
         return Template(
             shape=shape,
             uses=uses,

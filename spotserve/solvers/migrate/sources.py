@@ -2,7 +2,7 @@
 
 Each piece goes to the least-loaded port that holds it, pieces with few holders first. Where that leaves a port fuller
 than the bound allows, pieces are split over several holders: along the maximum flow that proves the bound, or by the
-prefix LP, which also brings front stages forward.
+prefix LP, which also brings front stages forward. What several GPUs of an instance lack one of them gets and passes on.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 
-from spotserve.core.ids import GpuId, InstanceId, instance_of
+from spotserve.core.ids import GpuId, InstanceId, instance_of, natural_key
+from spotserve.solvers.migrate.fan_out import Relay, fan_out
 from spotserve.solvers.migrate.pieces import Part, Piece, split_parts
 from spotserve.solvers.migrate.ports import (
     FixedCopy,
@@ -28,7 +29,6 @@ from spotserve.solvers.migrate.schedule import Copy, list_schedule, makespan
 from spotserve.solvers.migrate.split import PieceClass, PrefixTimes, Shares, prefix_split
 from spotserve.solvers.ranges import Catalog
 from spotserve.solvers.result import Certificate, Result
-from spotserve.solvers.view import natural_key
 
 CRUMB_BYTES = 1024 * 1024
 """A round trip costs more than so few bytes balance: they go with a transfer that is made anyway."""
@@ -39,7 +39,8 @@ SOURCE_SOLVERS = ("layered", "maxflow", "prefix_lp", "first_holder", "paper")
 `layered` is least-loaded, split by the prefix LP where the bound shows that it pays; its in_place plans keep KV and
 free weights layer by layer where memory and time allow, the others free all of an old generation and fetch it again.
 `maxflow` splits along the flow. `prefix_lp` always solves the LP and takes storage for a holder of everything.
-`first_holder` is what naive systems do. `paper` is that too, with layers one after another (SpotServe, section 3.4).
+`first_holder` is what naive systems do. `paper` deals the receivers out over the holders in turn, as its artifact deals
+new GPUs out over the old pipelines, and moves layers one after another (SpotServe, section 3.4).
 """
 
 FIRST_HOLDER = ("first_holder", "paper")
@@ -69,6 +70,8 @@ class Transfer:
     bytes: int
     by_choice: bool = False
     """From storage although somebody holds it: the ports are full."""
+    is_relayed: bool = False
+    """The source, of the same instance, gets it by transfers of the same plan."""
 
 
 @dataclass(slots=True)
@@ -117,8 +120,13 @@ class _Load:
 def choose_sources(problem: SourceProblem, catalog: Catalog, solver: str) -> Result[tuple[Transfer, ...]]:
     """Transfers that bring every piece once, in the order in which they should start.
 
-    The objective and the bound are ticks that the fullest port works: bytes, where all links are equal.
+    The objective and the bound are ticks that the fullest port works: bytes, where all links are equal. What is passed
+    on inside an instance comes last: it waits for what brings it there.
     """
+    relays: tuple[Relay, ...] = ()
+    if solver not in FIRST_HOLDER:
+        pieces, relays = fan_out(catalog, problem.pieces, least_bytes=CRUMB_BYTES)
+        problem = replace(problem, pieces=pieces)
     load = traffic(problem.pieces, problem.fixed)
     bound, certificate = least_time(load, problem.ports)
     transfers = _whole(problem, solver)
@@ -138,8 +146,11 @@ def choose_sources(problem: SourceProblem, catalog: Catalog, solver: str) -> Res
             transfers, statistics["split"] = better, 1
     objective = _busiest(problem, transfers)
     ordered, scheduled = in_order(transfers, problem, by_start=solver != "paper")
+    passed_on = _passed_on(relays)
+    if passed_on:
+        statistics["relays"] = len(passed_on)
     return Result(
-        answer=ordered,
+        answer=(*ordered, *passed_on),
         status="optimal" if objective <= bound else "feasible",
         objective=objective,
         bound=min(bound, objective),
@@ -148,25 +159,42 @@ def choose_sources(problem: SourceProblem, catalog: Catalog, solver: str) -> Res
     )
 
 
+def _passed_on(relays: Sequence[Relay]) -> list[Transfer]:
+    """One transfer for each pair inside an instance, front stages first."""
+    transfers = [
+        Transfer(one.source, one.destination, one.stage, one.parts, one.bytes, is_relayed=True) for one in relays
+    ]
+    pairs: dict[tuple[GpuId, GpuId | None, int], list[Transfer]] = defaultdict(list)
+    for one in transfers:
+        pairs[one.destination, one.source, one.stage].append(one)
+    return sorted((_merged(group) for group in pairs.values()), key=_by_stage)
+
+
+def _by_stage(one: Transfer) -> tuple[int, tuple[object, ...], tuple[object, ...]]:
+    return one.stage, natural_key(one.destination), natural_key(one.source or "")
+
+
 def _whole(problem: SourceProblem, solver: str) -> list[Transfer]:
     """Every piece from one source."""
     load = _Load(problem.ports, {instance_of(gpu) for gpu in problem.doomed})
     for copy in problem.fixed:
         if copy.source != copy.destination:
             load.sent[copy.source] = load.sent.get(copy.source, 0) + copy.bytes
+    receivers = sorted({piece.destination for piece in problem.pieces}, key=natural_key)
+    turns = {gpu: turn for turn, gpu in enumerate(receivers)}
     transfers = []
     for piece in sorted(problem.pieces, key=lambda one: (len(one.ports), -one.bytes)):
-        source = _source(piece, load, solver) if piece.holders else None
+        source = _source(piece, load, solver, turn=turns[piece.destination]) if piece.holders else None
         if source is not None:
             load.add(source, piece.destination, piece.bytes)
         transfers.append(Transfer(source, piece.destination, piece.stage, piece.parts, piece.bytes))
     return transfers
 
 
-def _source(piece: Piece, load: _Load, solver: str) -> GpuId:
+def _source(piece: Piece, load: _Load, solver: str, *, turn: int) -> GpuId:
     """The one holder that sends a piece."""
     if solver in FIRST_HOLDER:
-        return piece.holders[0]
+        return piece.holders[turn % len(piece.holders) if solver == "paper" else 0]
     own = instance_of(piece.destination)
     if own in piece.ports:
         return load.gpu_at(piece, own)
@@ -292,7 +320,7 @@ def in_order(
     for one in transfers:
         pairs[one.destination, one.source, one.stage, one.by_choice].append(one)
     merged = [_merged(group) for group in pairs.values()]
-    merged.sort(key=lambda one: (one.stage, natural_key(one.destination), natural_key(one.source or "")))
+    merged.sort(key=_by_stage)
     copies = [Copy(copy.source, copy.destination, copy.bytes, 0) for copy in problem.fixed]
     copies += [
         Copy(
@@ -316,7 +344,7 @@ def _merged(group: Sequence[Transfer]) -> Transfer:
         return first
     parts = tuple(part for one in group for part in one.parts)
     size = sum(one.bytes for one in group)
-    return Transfer(first.source, first.destination, first.stage, parts, size, first.by_choice)
+    return replace(first, parts=parts, bytes=size)
 
 
 def _busiest(problem: SourceProblem, transfers: Sequence[Transfer]) -> int:

@@ -1,8 +1,8 @@
 """Algorithm 1 (section 3.2) over the planner's own table of configurations, in place of the paper's profile.
 
-The columns bring latency (with the wait in the queue, which the paper's text counts and its artifact does not),
-throughput and memory from the planner's cost model; the choice among the rows is the paper's: no hysteresis, no second
-replica for safety, no look at what a change disturbs.
+The columns bring latency (as published with the wait in the queue, which the artifact leaves out), throughput and
+memory from the planner's cost model; the choice among the rows is the paper's: no hysteresis, no second replica for
+safety, no look at what a change disturbs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from spotserve.solvers.paper.optimizer import SIMILAR_PERMILLE
 from spotserve.solvers.result import Result
 
 Columns = Mapping[str, NDArray[np.int64]]
-"""`pipeline`, `tensor`, `gpus`, `unserved` (1: the load is more than it serves), `latency_us`, `throughput_urps`."""
+"""`pipeline`, `tensor`, `gpus`, `unserved` (1: the load is more than it serves), `latency_us` (l_req), `execution_us`
+(l_exe), `throughput_urps`."""
 
 
 def algorithm_1(columns: Columns, *, load_known: bool, as_published: bool = False) -> Result[int]:
@@ -34,8 +35,9 @@ def algorithm_1(columns: Columns, *, load_known: bool, as_published: bool = Fals
         best = int(throughput.max())
         certificate = _certificate("throughput_urps")
         return Result(int(offered[throughput.argmax()]), "optimal", best, best, certificate, statistics)
-    certificate = _certificate("latency_us")
-    latency = columns["latency_us"][serving]
+    measure = "latency_us" if as_published else "execution_us"
+    certificate = _certificate(measure)
+    latency = columns[measure][serving]
     least = int(latency.min())
     if not as_published:
         return Result(int(serving[latency.argmin()]), "optimal", least, least, certificate, statistics)

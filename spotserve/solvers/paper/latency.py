@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil
@@ -40,6 +41,26 @@ class LatencyTable:
         if (tensor, batch) not in self.layer_times:
             raise KeyError(f"no profile row of tensor degree {tensor} and micro-batch {batch}")
         return self.layer_times[tensor, batch]
+
+
+def latency_table(text: str) -> LatencyTable:
+    """The table in a profile file of the artifact (elastic-switch/profile). Raises KeyError for a missing field."""
+    profile = json.loads(text)
+    return LatencyTable(
+        layers=profile["layer_num"],
+        padded_layers=profile["padded_layer_num"],
+        max_tensor=profile["max_tp"],
+        correction=profile["final_fix_factor"],
+        hop_initial_ms=profile["pp_init_comm"],
+        hop_token_ms=profile["pp_incr_comm"],
+        embedding_ms=tuple(profile["embed"]),
+        layer_times={
+            (int(degree[3:]), int(batch[4:])): LayerTime(cell["init"], cell["incr"])
+            for degree, rows in profile.items()
+            if degree.startswith("tp-")
+            for batch, cell in rows.items()
+        },
+    )
 
 
 @dataclass(frozen=True, slots=True)

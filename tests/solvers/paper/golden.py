@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spotserve.solvers.paper.latency import LatencyTable, LayerTime
+from spotserve.solvers.paper.latency import LatencyTable
+from spotserve.solvers.paper.latency import latency_table as read_table
 from spotserve.solvers.paper.models import Shape
 
 PROFILE_FILES = {"OPT-6.7B": "megatron_6.7B", "GPT-20B": "megatron_h6144", "LLaMA-30B": "megatron_h7168"}
@@ -18,22 +19,7 @@ LOADS_GIVEN = {"OPT-6.7B": 2.0, "GPT-20B": 0.4, "LLaMA-30B": 0.2}
 def latency_table(shared_data: Path, model: str) -> LatencyTable:
     """The T4-4x profile of a model."""
     path = shared_data / "spotserve-paper/profiles/T4-4x" / f"{PROFILE_FILES[model]}_profile.json"
-    profile = json.loads(path.read_text(encoding="utf-8"))
-    return LatencyTable(
-        layers=profile["layer_num"],
-        padded_layers=profile["padded_layer_num"],
-        max_tensor=profile["max_tp"],
-        correction=profile["final_fix_factor"],
-        hop_initial_ms=profile["pp_init_comm"],
-        hop_token_ms=profile["pp_incr_comm"],
-        embedding_ms=tuple(profile["embed"]),
-        layer_times={
-            (int(degree[3:]), int(batch[4:])): LayerTime(cell["init"], cell["incr"])
-            for degree, rows in profile.items()
-            if degree.startswith("tp-")
-            for batch, cell in rows.items()
-        },
-    )
+    return read_table(path.read_text(encoding="utf-8"))
 
 
 def golden_rows(shared_data: Path, name: str) -> list[dict[str, str]]:
