@@ -11,10 +11,14 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from spotserve.cloud.traces import TraceFile
 from spotserve.core.finding import Finding
 from spotserve.core.plan import Plan, PlanningProblem, Trigger
 from spotserve.core.snapshot import Snapshot
 from spotserve.core.spec import Profile, ServingSpec
+from spotserve.sim.comparison import Comparison
+from spotserve.sim.scenario import ScenarioFile
+from spotserve.sim.workloads import WorkloadFile
 
 SCHEMAS: dict[str, type[BaseModel]] = {
     "plan": Plan,
@@ -24,6 +28,10 @@ SCHEMAS: dict[str, type[BaseModel]] = {
     "spec": ServingSpec,
     "event": Trigger,
     "finding": Finding,
+    "trace": TraceFile,
+    "workload": WorkloadFile,
+    "scenario": ScenarioFile,
+    "simulation": Comparison,
 }
 
 

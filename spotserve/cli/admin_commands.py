@@ -10,10 +10,9 @@ import typer
 
 from spotserve.cli.client import client_for
 from spotserve.cli.config import Origin, choice, seconds
-from spotserve.cli.plan_file import read_bytes
+from spotserve.cli.plan_file import plan_in, read_bytes
 from spotserve.core.canonical import canonical_json
-from spotserve.core.strict_json import JsonFaultError, parse
-from spotserve.errors import PlanRefusedError, SpecError, SpotServeError
+from spotserve.errors import SpecError, SpotServeError
 
 Url = Annotated[str | None, typer.Option(metavar="URL", help="The daemon [default: SPOTSERVE_URL, else loopback].")]
 Format = Annotated[str, typer.Option("--format", metavar="table|json", help="How the answer reads.")]
@@ -82,7 +81,9 @@ def apply(
 
     Returns when it is released (exit 0) or aborted (1); a stale plan is refused (5).
     """
-    answer = client_for(url).post("/admin/apply", read_plan(file), timeout_s=None)
+    data = read_bytes(file, what="FILE")
+    plan_in(data, file)  # What is no plan is told here; what it means for the daemon only the daemon can say.
+    answer = client_for(url).post("/admin/apply", data, timeout_s=None)
     typer.echo(canonical_json(answer), nl=False)
     if answer.get("outcome") == "aborted":
         raise SpotServeError(f"plan {file} was aborted", hint="spotserve status shows what the daemon did instead")
@@ -108,26 +109,13 @@ def instance_id(text: str) -> str:
     return text
 
 
-def read_plan(path: Path) -> Any:
-    """The JSON of a plan file; the daemon judges what it means."""
-    try:
-        return parse(read_bytes(path, what="FILE"))
-    except JsonFaultError as fault:
-        raise PlanRefusedError(f"corrupt {path}: {fault}", hint="spotserve verify tells more") from fault
-
-
 def status_text(answer: dict[str, Any]) -> str:
     """The table view of `status --json`; every figure in it comes from there."""
     parallel = answer.get("parallel")
     degrees = f"  {parallel['data']}x{parallel['pipeline']}x{parallel['tensor']} (DxPxM)" if parallel else ""
     requests = "  ".join(f"{name} {count}" for name, count in answer["requests"].items())
     parts = [f"{answer['state']}  epoch {answer['epoch']}{degrees}", f"requests  {requests}"]
-    parts.append(
-        table(
-            ("INSTANCE", "STATE", "MARKET", "GPUS"),
-            [(i["id"], i["state"], i["market"], gpu_names(i["gpus"])) for i in answer["instances"]],
-        )
-    )
+    parts.append(instances_table(answer["instances"]))
     parts.append(
         table(
             ("REPLICA", "GENERATION", "STAGE", "LAYERS", "GPUS"),
@@ -145,6 +133,17 @@ def status_text(answer: dict[str, Any]) -> str:
         )
     )
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def instances_table(instances: Sequence[dict[str, Any]]) -> str:
+    """A line per instance; with the type of its GPUs where the daemon knows several."""
+    titles = ["INSTANCE", "STATE", "MARKET", "GPUS"]
+    rows = [[one["id"], one["state"], one["market"], gpu_names(one["gpus"])] for one in instances]
+    if any("gpu_types" in one for one in instances):
+        titles.append("TYPE")
+        for one, row in zip(instances, rows, strict=True):
+            row.append(", ".join(dict.fromkeys(one.get("gpu_types", []))) or "-")
+    return table(titles, rows)
 
 
 def migration_row(migration: dict[str, Any]) -> tuple[object, ...]:

@@ -42,7 +42,7 @@ class AdminClient:
         return self._call("GET", path, None, timeout_s=timeout_s)
 
     def post(self, path: str, body: object = None, *, timeout_s: float | None = 30.0) -> Any:
-        """The JSON answer to a POST; `timeout_s` None waits as long as it takes."""
+        """The JSON answer to a POST of a value, or of bytes as they are; `timeout_s` None waits as long as it takes."""
         return self._call("POST", path, {} if body is None else body, timeout_s=timeout_s)
 
     def _call(self, method: str, path: str, body: object, *, timeout_s: float | None) -> Any:
@@ -53,7 +53,7 @@ class AdminClient:
             headers["Authorization"] = f"Bearer {self._api_key}"
         payload = None
         if body is not None:
-            payload = json.dumps(body, allow_nan=False).encode()
+            payload = body if isinstance(body, bytes) else json.dumps(body, allow_nan=False).encode()
             headers["Content-Type"] = "application/json"
         try:
             connection.request(method, self._prefix + path, body=payload, headers=headers)
@@ -68,7 +68,7 @@ class AdminClient:
     def _answer(self, status: int, text: bytes) -> Any:
         try:
             answer = json.loads(text) if text else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._unreachable("what answers there is no spotserve") from error
         if status < 400:
             return answer

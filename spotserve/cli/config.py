@@ -11,12 +11,13 @@ import ipaddress
 import math
 import os
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
 
+from spotserve.cli.plan_file import model_of, toml_table
+from spotserve.core.gpu_types import OWN
 from spotserve.core.options import (
     LOOPBACK_HOSTS,
     NOT_IN_PLANS,
@@ -27,7 +28,7 @@ from spotserve.core.options import (
     LogFormat,
     RunOptions,
 )
-from spotserve.core.spec import DType, LinearKind
+from spotserve.core.spec import DType, LinearKind, Profile
 from spotserve.errors import SpecError
 
 ENVIRONMENT_PREFIX = "SPOTSERVE_"
@@ -185,12 +186,27 @@ def parse_solvers(value: Any, origin: Origin) -> dict[str, str]:
     return chosen
 
 
+def parse_gpu_profiles(value: Any, origin: Origin) -> tuple[Profile, ...]:
+    """Files of `spotserve profile --out`, several of them as a list or with commas between."""
+    return tuple(model_of(Profile, Path(name), what=origin.name) for name in listed(value, origin))
+
+
+def listed(value: Any, origin: Origin) -> tuple[str, ...]:
+    """Words with commas between, or a list of them."""
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, list | tuple) or not items:
+        raise origin.refuse(value, "is not a list", hint="write the names with commas between")
+    return tuple(parse_text(item.strip() if isinstance(item, str) else item, origin) for item in items)
+
+
 SETTINGS = (
     Setting("model", "model", parse_text),
     Setting("verify_weights", "verify_weights", parse_flag),
     Setting("instances", "instances", integer(0, 1024)),
     Setting("gpus_per_instance", "gpus_per_instance", integer(1, 64)),
     Setting("gpu_memory", "gpu_memory", parse_gpu_memory),
+    Setting("gpu_profile", "gpu_profiles", parse_gpu_profiles),
+    Setting("gpu_types", "gpu_types", listed),
     Setting("data_parallel_size", "data", integer(1, MAX_DEGREE), aliases=("dp",)),
     Setting("pipeline_parallel_size", "pipeline", integer(1, MAX_DEGREE), aliases=("pp",)),
     Setting("tensor_parallel_size", "tensor", integer(1, MAX_DEGREE), aliases=("tp",)),
@@ -267,14 +283,8 @@ def from_environment(environment: Mapping[str, str]) -> dict[str, object]:
 
 def from_file(path: Path) -> dict[str, object]:
     """Field -> value of a TOML file's keys; `gpu-memory` and `gpu_memory` are one key."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SpecError(f"--config {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SpecError(f"--config {path} is not TOML: {error}") from error
     found: dict[str, object] = {}
-    for key, value in table.items():
+    for key, value in toml_table(path, what="--config").items():
         setting = setting_called(
             key.replace("-", "_"), f"{path}: {key}", known=[known.replace("_", "-") for known in BY_KEY]
         )
@@ -322,6 +332,7 @@ def check_together(options: RunOptions) -> None:
         raise SpecError(
             f"--linear prepacked is not supported by --device {options.device}", hint="leave out --linear prepacked"
         )
+    check_gpu_types(options)
     if options.port == 0 and Path(options.state_dir).parts[-2:] == ("spotserve", "0"):
         raise SpecError("--port 0 has no state dir of its own", hint="name one with --state-dir")
     if options.trace is not None and not os.path.isfile(options.trace):
@@ -329,6 +340,27 @@ def check_together(options: RunOptions) -> None:
     if options.instances == 0 and options.trace is None:
         raise SpecError(
             "--instances 0 is below 1 and no --trace adds any", hint="give --instances 1 or more, or a --trace"
+        )
+
+
+def check_gpu_types(options: RunOptions) -> None:
+    """Every GPU type that is named has times, and the solver that is asked for knows several."""
+    known = [profile.device for profile in options.gpu_profiles]
+    for name in known:
+        if name == OWN or known.count(name) > 1:
+            told = "stands for the type of this machine" if name == OWN else "is there twice"
+            raise SpecError(f"--gpu-profile of the device {name!r} {told}", hint="the file's `device` names its type")
+    for name in options.gpu_types:
+        if name not in (OWN, *known):
+            raise SpecError(
+                f"--gpu-types {name} has no times: it is not one of {', '.join([OWN, *known])}",
+                hint="give them by --gpu-profile, a file of spotserve profile --out",
+            )
+    solver = options.solvers.get("configure", "paper" if options.policy == "paper" else "cpsat")
+    if known and solver != "cpsat":
+        raise SpecError(
+            f"the solver configure={solver} knows fleets of one GPU type only, and --gpu-profile gives another",
+            hint="--solver configure=cpsat",
         )
 
 

@@ -24,6 +24,7 @@ from spotserve.cli import (
     report_command,
     run_command,
     show_command,
+    simulate_command,
     verify_command,
     worker_command,
 )
@@ -40,6 +41,7 @@ VERBS = (
     report_command,
     inspect_command,
     replay_command,
+    simulate_command,
     profile_command,
     worker_command,
 )

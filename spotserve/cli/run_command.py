@@ -36,6 +36,14 @@ def run(
         str | None,
         typer.Option(metavar="SIZE", help="Memory of one GPU, as 6MiB or 80% [default: 6MiB for the built-in model]."),
     ] = None,
+    gpu_profile: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="Times of another GPU type, by spotserve profile --out; repeatable."),
+    ] = None,
+    gpu_types: Annotated[
+        str | None,
+        typer.Option(metavar="T,T,…", help="Types that instances take in turn [default: own, this machine's]."),
+    ] = None,
     data: Annotated[
         str | None, typer.Option("--data-parallel-size", "-dp", metavar="D", help="Pin the number of replicas.")
     ] = None,
@@ -114,6 +122,8 @@ def run(
         "instances": instances,
         "gpus_per_instance": gpus_per_instance,
         "gpu_memory": gpu_memory,
+        "gpu_profile": gpu_profile,
+        "gpu_types": gpu_types,
         "data_parallel_size": data,
         "pipeline_parallel_size": pipeline,
         "tensor_parallel_size": tensor,

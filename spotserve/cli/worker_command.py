@@ -14,7 +14,7 @@ from typing import Annotated, get_args
 
 import typer
 
-from spotserve.cli.config import MAX_SECONDS, Origin, choice, integer, parse_size_bytes, seconds
+from spotserve.cli.config import MAX_SECONDS, Origin, choice, integer, parse_size_bytes, parse_text, seconds
 from spotserve.core.options import Device
 from spotserve.errors import SpecError
 
@@ -36,6 +36,10 @@ def worker(
         str | None, typer.Option(metavar="SIZE", help="Memory of one GPU [default: an equal share of 80% of the free].")
     ] = None,
     device: Annotated[str, typer.Option(metavar="cpu|cuda", help="What a GPU is.")] = "cpu",
+    gpu_type: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Its GPU type, one of the daemon's [default: as CUDA says, else its own]."),
+    ] = None,
     host: Annotated[str, typer.Option(metavar="HOST", help="Where peers reach this instance.")] = "127.0.0.1",
     orphan_timeout: Annotated[str, typer.Option(metavar="S", help="Seconds to outlive the daemon.")] = "60",
 ) -> None:
@@ -50,6 +54,7 @@ def worker(
         gpus=gpus,
         gpu_memory=gpu_memory,
         device=device,
+        gpu_type=gpu_type,
         host=host,
         orphan_timeout=orphan_timeout,
     )
@@ -68,6 +73,7 @@ def worker_arguments(
     gpus: str,
     gpu_memory: str | None,
     device: str,
+    gpu_type: str | None,
     host: str,
     orphan_timeout: str,
 ) -> list[str]:
@@ -87,4 +93,6 @@ def worker_arguments(
     if gpu_memory is not None:
         arguments += ["--gpu-memory", str(parse_size_bytes(gpu_memory, Origin("--gpu-memory")))]
     arguments += ["--device", str(choice(get_args(Device))(device, Origin("--device"))), "--host", host]
+    if gpu_type is not None:
+        arguments += [f"--gpu-type={parse_text(gpu_type, Origin('--gpu-type'))}"]
     return [*arguments, "--orphan-timeout", str(seconds(0.1, MAX_SECONDS)(orphan_timeout, Origin("--orphan-timeout")))]

@@ -7,14 +7,15 @@ are in it. Commit and recompute are decided by one entry and have no answer: not
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 from spotserve.core import commands as cmd
 from spotserve.core import events as ev
-from spotserve.core.controller import Entry, apply
+from spotserve.core.controller import Entry
 from spotserve.core.ids import StepId
-from spotserve.core.plan import Plan
+from spotserve.core.plan import KV_KINDS, PREPARING_KINDS, WEIGHT_KINDS, Plan
+from spotserve.core.replay import Moment, moments
 from spotserve.core.state import ClusterState, Migration
 
 PHASES = ("begun", "quiesced", "durable", "committed", "released", "aborted")
@@ -49,26 +50,51 @@ class RunRecord:
         return "completed" if "released" in self.phases else "aborted" if "aborted" in self.phases else "running"
 
 
-def run_history(state: ClusterState, entries: Iterable[Entry]) -> list[RunRecord]:
-    """Every run that the entries begin, and the one that is under way in `state`, the fold of all before them."""
-    runs: list[RunRecord] = []
-    if state.run is not None:
-        known = {step: StepRecord(outcome=status) for step, status in state.run.steps.items()}
-        runs.append(RunRecord(_number(state), state.run.plan, {"begun": state.run.begun_at_s}, known))
-    for entry in entries:
-        _answered(runs[-1] if runs else None, entry.event)
-        before, state = state, apply(state, entry.event, entry.commands)
-        for command in entry.commands:
+@dataclass(slots=True)
+class RunHistory:
+    """Every run in a journal. Feed it the state before the first entry, then every moment in order.
+
+    Args:
+        state: the fold of all entries before; a run that is under way in it is the first.
+    """
+
+    state: InitVar[ClusterState]
+    runs: list[RunRecord] = field(default_factory=list)
+
+    def __post_init__(self, state: ClusterState) -> None:
+        """Take the run under way."""
+        if state.run is not None:
+            known = {step.id: StepRecord() for step in state.run.plan.steps}
+            known |= {step: StepRecord(outcome=status) for step, status in state.run.steps.items()}
+            self.runs.append(RunRecord(_number(state), state.run.plan, {"begun": state.run.begun_at_s}, known))
+
+    def take(self, moment: Moment) -> None:
+        """Note what one entry says about a run."""
+        runs, state = self.runs, moment.after
+        _answered(runs[-1] if runs else None, moment.entry.event)
+        for command in moment.entry.commands:
             if isinstance(command, cmd.BeginRun):
                 steps = {step.id: StepRecord() for step in command.plan.steps}
                 runs.append(RunRecord(_number(state), command.plan, {"begun": state.at_s}, steps))
             elif runs:
                 _ordered(runs[-1], command, state.at_s)
-        _given_up(runs[-1] if runs else None, before, state)
-    lines = {line.epoch: line for line in state.migrations}
-    for run in runs:
-        run.migration = lines.get(run.plan.epoch.to)
-    return runs
+        _given_up(runs[-1] if runs else None, moment.before, state)
+
+    def ended(self, state: ClusterState) -> list[RunRecord]:
+        """The runs with what `state`, the last fold, says about each."""
+        lines = {line.epoch: line for line in state.migrations}
+        for run in self.runs:
+            run.migration = lines.get(run.plan.epoch.to)
+        return self.runs
+
+
+def run_history(state: ClusterState, entries: Iterable[Entry]) -> list[RunRecord]:
+    """Every run that the entries begin, and the one that is under way in `state`, the fold of all before them."""
+    history = RunHistory(state)
+    for moment in moments(state, entries):
+        history.take(moment)
+        state = moment.after
+    return history.ended(state)
 
 
 def _number(state: ClusterState) -> int:
@@ -101,7 +127,7 @@ def _answered(run: RunRecord | None, event: ev.Event) -> None:
 def _ordered(run: RunRecord, command: cmd.Command, at_s: float) -> None:
     """Note what a command does to a step or a phase of the run."""
     if isinstance(command, cmd.ExecuteStep):
-        record = run.steps[command.step.id]
+        record = run.steps.setdefault(command.step.id, StepRecord())
         if record.ordered_at_s is None:
             record.ordered_at_s = at_s
             record.outcome = "running"
@@ -122,8 +148,8 @@ def _given_up(run: RunRecord | None, before: ClusterState, after: ClusterState) 
     if run is None or after.run is None or before.run is None or before.run.epoch != after.run.epoch:
         return
     for step, status in after.run.steps.items():
-        record = run.steps[step]
-        if status == before.run.steps[step] or record.answered_at_s is not None:
+        record = run.steps.setdefault(step, StepRecord())
+        if status == before.run.steps.get(step) or record.answered_at_s is not None:
             continue
         if status == "late":
             record.outcome = "late"
@@ -133,9 +159,6 @@ def _given_up(run: RunRecord | None, before: ClusterState, after: ClusterState) 
 
 Json = dict[str, Any]
 """Plain JSON data, hence `Any`."""
-
-WEIGHT_KINDS = ("copy_weights", "load_weights")
-KV_KINDS = ("copy_kv", "copy_kv_delta")
 
 
 def run_line(run: RunRecord) -> Json:
@@ -184,7 +207,7 @@ def _step_line(run: RunRecord, index: int) -> Json:
 def _totals(run: RunRecord, steps: list[Json]) -> Json:
     """Estimates of the plan beside what the journal has of the same; None for what did not come to its end."""
     estimates, phases, begun_s = run.plan.estimates, run.phases, run.phases["begun"]
-    copies = [run.steps[step.id] for step in run.plan.steps if step.kind in (*WEIGHT_KINDS, "copy_kv")]
+    copies = [run.steps[step.id] for step in run.plan.steps if step.kind in PREPARING_KINDS]
     copy_s = _duration(copies, copies) if all(record.outcome == "done" for record in copies) else None
     stops = [run.steps[step.id] for step in run.plan.steps if step.kind == "quiesce"]
     starts = [run.steps[step.id] for step in run.plan.steps if step.kind == "activate"]

@@ -6,7 +6,7 @@ What an iteration does is the shared batcher's word, how long it takes the profi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,9 @@ from spotserve.sim.engine import Durations, SimulatedReplica
 from spotserve.sim.hardware import Hardware
 from spotserve.sim.ledger import Owner, RequestRecord, Sampled, SimulatedLedger
 from spotserve.sim.links import LinkRates, Links
+
+FIRST_PLACEMENT_S = 5.0
+"""By then the instances of the beginning serve."""
 
 Solve = Callable[[PlanningProblem], Plan]
 
@@ -84,6 +87,7 @@ class SimulatedCluster:
         self._load = LoadWindow()
         self._measures_load = True
         self._has_served = False
+        self._began_ondemand: frozenset[InstanceId] = frozenset()
         self._ready_at_s: dict[InstanceId, float] = {}
         self._held: dict[GpuId, _Held] = {}
         self._alive: set[InstanceId] = set()
@@ -126,8 +130,9 @@ class SimulatedCluster:
 
     # What a scenario does
 
-    def begin(self, num_instances: int) -> None:
-        """Serve: so many instances are up at once."""
+    def begin(self, num_instances: int, *, ondemand: Collection[InstanceId] = ()) -> None:
+        """Serve: so many instances are up at once, all on spot but for some."""
+        self._began_ondemand = frozenset(ondemand)
         self.agenda.at(
             0.0,
             lambda: ev.JournalBegun(at_s=self.agenda.now_s, spec=self.spec, num_instances=num_instances),
@@ -166,10 +171,14 @@ class SimulatedCluster:
         self.agenda.at(at_s, happen)
 
     def add(self, ready_at_s: float, instance: InstanceId, *, market: Market = "spot") -> None:
-        """An instance is asked for early enough to be ready at `ready_at_s`; they are named in this order."""
-        asked_at_s = max(self.agenda.now_s, ready_at_s - self.hardware.start_s)
+        """An instance is asked for early enough to be ready at `ready_at_s`; they are named in this order.
+
+        The controller hears of one that was asked for before the beginning once that is over, as the first placement
+        would wait for it.
+        """
         self._ready_at_s[instance] = ready_at_s
-        self.agenda.at(asked_at_s, lambda: ev.InstanceWanted(at_s=self.agenda.now_s, market=market))
+        told_at_s = max(FIRST_PLACEMENT_S, ready_at_s - self.hardware.start_s)
+        self.agenda.at(told_at_s, lambda: ev.InstanceWanted(at_s=self.agenda.now_s, market=market))
 
     def load(self, at_s: float, load_rps: float) -> None:
         """Somebody tells the arrival rate."""
@@ -215,9 +224,12 @@ class SimulatedCluster:
 
     def _launch(self, command_id: str, command: cmd.LaunchInstance) -> None:
         now_s = self.agenda.now_s
-        self.instances[command.instance] = InstanceRecord(command.market, now_s)
         # What the trace names no time for is there at the beginning, and was started before it.
         ready_at_s = self._ready_at_s.get(command.instance, now_s)
+        asked_at_s = max(0.0, min(now_s, ready_at_s - self.hardware.start_s))
+        # The journal knows no market of those that it begins with.
+        market: Market = "ondemand" if command.instance in self._began_ondemand else command.market
+        self.instances[command.instance] = InstanceRecord(market, asked_at_s)
         for index in range(self.hardware.gpus_per_instance):
             worker = GpuId(f"{command.instance}/{index}")
             self.agenda.at(ready_at_s, lambda worker=worker: self._register(worker))  # type: ignore[misc]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from typing import Protocol
 
@@ -71,16 +72,18 @@ def foreseen(courses: dict[int, _Course], *, free_s: float, steps: int) -> _Jump
     One that is back goes out once the first stage is free, at `free_s` for the next. Two that wait for it together
     would become one: the jump ends before that.
     """
+    heap = [(course.back_s[-1], number) for number, course in courses.items()]
+    heapify(heap)
     while True:
-        number = min(courses, key=lambda n: (courses[n].back_s[-1], n))
+        back_s, number = heappop(heap)
         course = courses[number]
-        back_s = course.back_s[-1]
-        issued_s = max(back_s, free_s)
-        next_s = min((other.back_s[-1] for n, other in courses.items() if n != number), default=float("inf"))
-        if len(course.back_s) > steps or next_s <= issued_s + SAME_S:
+        issued_s = back_s if back_s > free_s else free_s
+        meets_another = bool(heap) and heap[0][0] <= issued_s + SAME_S
+        if meets_another or len(course.back_s) > steps:
             return _Jump(back_s, courses)
         course.issued_s.append(issued_s)
         course.back_s.append(issued_s + course.pass_s)
+        heappush(heap, (issued_s + course.pass_s, number))
         free_s = issued_s + course.stage_s
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from pydantic import Field, model_validator
@@ -74,6 +75,13 @@ def _steady(count: int) -> tuple[TraceEvent, ...]:
     return tuple(TraceEvent(at_s=0.0, kind="add", instances=(InstanceId(f"i{index}"),)) for index in range(count))
 
 
+def _refuse(choice: Frozen, names: Iterable[str], why: str) -> None:
+    """Raise ValueError if one of these fields was given: it would be ignored."""
+    given = sorted(choice.model_fields_set.intersection(names))
+    if given:
+        raise ValueError(f"{given[0]} has no meaning {why}")
+
+
 class LengthsChoice(Frozen):
     """How long prompts and answers are."""
 
@@ -84,6 +92,18 @@ class LengthsChoice(Frozen):
     output_cv: float = Field(default=1.0, ge=0, le=10)
     prompt_range: tuple[int, int] | None = None
     output_range: tuple[int, int] | None = None
+
+    @model_validator(mode="after")
+    def _fields_of_its_kind(self) -> LengthsChoice:
+        if self.kind == "uniform":
+            if self.prompt_range is None or self.output_range is None:
+                raise ValueError("uniform lengths need prompt_range and output_range, like [16, 1024]")
+            _refuse(self, ("prompt_tokens", "output_tokens"), "with uniform lengths")
+        else:
+            _refuse(self, ("prompt_range", "output_range"), f"with {self.kind} lengths")
+        if self.kind != "lognormal":
+            _refuse(self, ("prompt_cv", "output_cv"), f"with {self.kind} lengths")
+        return self
 
 
 class WorkloadChoice(Frozen):
@@ -107,6 +127,10 @@ class WorkloadChoice(Frozen):
     def _has_arrivals(self) -> WorkloadChoice:
         if self.file is None and self.rate_rps is None:
             raise ValueError("a workload has a file or a rate_rps")
+        if self.file is None:
+            _refuse(self, ("start_s", "stop_s"), "without a file: duration_s says how long arrivals are drawn")
+        else:
+            _refuse(self, ("cv", "swing"), "with a file")
         return self
 
 
@@ -130,6 +154,10 @@ class TraceChoice(Frozen):
     def _one_source(self) -> TraceChoice:
         if (self.instances is not None) + (self.file is not None) + bool(self.zones) != 1:
             raise ValueError("a trace is one of instances, file and zones")
+        if not self.zones:
+            _refuse(self, ("instances_per_node", "most_per_zone", "grace_s"), "without zones")
+        if self.instances is not None:
+            _refuse(self, ("ready_after_s", "start_s", "stop_s"), "with instances that stay")
         return self
 
 
@@ -155,6 +183,8 @@ class ModelChoice(Frozen):
     def _one_source(self) -> ModelChoice:
         if (self.name is None) == (self.spec is None):
             raise ValueError("a model is either a name or a spec")
+        if self.spec is not None:
+            _refuse(self, type(self).model_fields.keys() - {"spec", "solvers"}, "with a spec, which has its own")
         return self
 
 

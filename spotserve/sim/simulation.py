@@ -125,7 +125,8 @@ def run_through(coroutine: Coroutine[None, None, None]) -> None:
 def _play_trace(cluster: SimulatedCluster, trace: Trace) -> None:
     """The instances that the trace has at 0 are there; a later one is asked for early enough to be ready then."""
     first = [event for event in trace.events if event.kind == "add" and event.at_s == 0]
-    cluster.begin(sum(len(event.instances) for event in first))
+    ondemand = [instance for event in first if event.market == "ondemand" for instance in event.instances]
+    cluster.begin(sum(len(event.instances) for event in first), ondemand=ondemand)
     for event in trace.events:
         for instance in event.instances:
             if event.kind == "add" and event.at_s > 0:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spotserve.errors import StateDirError
-from spotserve.store.journal import Journal, JournalIdentity
+from spotserve.store.journal import Journal
+from spotserve.store.journal_file import JournalIdentity
 
 LOWEST_PORT = 20000
 PORT_TRIES = 50

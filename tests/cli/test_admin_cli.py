@@ -27,6 +27,8 @@ from spotserve.cli.client import daemon_url
 from spotserve.cli.main import run_verb
 from spotserve.log import configure_logging
 
+PLANS = Path(__file__).resolve().parents[2] / "plans"
+
 STATUS = {
     "format_version": "0.1",
     "state": "serving",
@@ -146,6 +148,17 @@ def test_status_json(daemon: PaperDaemon, capsys: Capture, flags: list[str]) -> 
     assert STATUS == json.loads(capsys.readouterr().out)
 
 
+def test_status_of_a_mixed_fleet(daemon: PaperDaemon, capsys: Capture) -> None:
+    """Tests that the table names the types of GPUs where the daemon tells them."""
+    gone, ready = STATUS["instances"]  # type: ignore[misc]
+    answer = {**STATUS, "instances": [{**gone, "gpu_types": []}, {**ready, "gpu_types": ["a10", "a10"]}]}
+    daemon.answers["GET", "/admin/status"] = (200, answer)
+    assert 0 == run_verb(["status"])
+    out = capsys.readouterr().out
+    assert "INSTANCE  STATE  MARKET  GPUS  TYPE\ni0        gone   spot    i0/0  -\n" in out
+    assert "i1        ready  spot    i1/0  a10\n" in out
+
+
 def test_status_of_an_empty_daemon(daemon: PaperDaemon, capsys: Capture) -> None:
     """Tests that nothing placed and a plan still running read well."""
     running = {**STATUS["migrations"][0], "outcome": None, "estimated_s": None, "stall_ms_max": None}  # type: ignore[index]
@@ -190,13 +203,12 @@ def test_snapshot(daemon: PaperDaemon, capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize(("outcome", "code"), [("completed", 0), ("aborted", 1)])
-def test_apply(daemon: PaperDaemon, capsys: Capture, tmp_path: Path, outcome: str, code: int) -> None:
-    """Tests that apply sends the file's JSON and exits by the outcome."""
-    plan = tmp_path / "plan.json"
-    plan.write_text('{"steps": []}', encoding="utf-8")
+def test_apply(daemon: PaperDaemon, capsys: Capture, outcome: str, code: int) -> None:
+    """Tests that apply sends the file as it is and exits by the outcome."""
+    plan = PLANS / "notice" / "expected-plan.json"
     daemon.answers["POST", "/admin/apply"] = (200, {"outcome": outcome})
     assert code == run_verb(["apply", str(plan)])
-    assert [("POST", "/admin/apply", {"steps": []})] == daemon.calls
+    assert [("POST", "/admin/apply", json.loads(plan.read_bytes()))] == daemon.calls
     assert {"outcome": outcome} == json.loads(capsys.readouterr().out)
 
 
@@ -361,5 +373,5 @@ def test_errors_of_the_real_endpoints(
     assert 1 == run_verb(["status"])
     told = capsys.readouterr().err
     assert "error: instance i9 is unknown or gone\nhint: living: i0, i1, i2, i3\n" in told
-    assert "error: plan cannot be read at epoch: " in told
+    assert f"error: {plan}: bad_version - format_version: format version None is not 0.1\n" in told
     assert "error: the API key is missing or wrong\n" in told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -20,8 +21,10 @@ from spotserve.cli.config import (
 from spotserve.core.options import POLICY_NAMES, SOLVER_NAMES, GpuMemory, RunOptions
 from spotserve.errors import SpecError
 from spotserve.solvers.registry import POLICIES, SOLVERS
+from tests.specs import small_spec
 
 HOME = {"XDG_STATE_HOME": "/state"}
+SLOW = small_spec().profile.model_copy(update={"device": "slow"})
 
 
 def options(
@@ -49,6 +52,13 @@ def toml(folder: Path, text: str) -> Path:
     return path
 
 
+def profile_file(folder: Path, *, device: str = "slow") -> str:
+    """What `spotserve profile --out` would have written on a machine of another type."""
+    path = folder / f"{device}.json"
+    path.write_text(SLOW.model_copy(update={"device": device}).model_dump_json(), encoding="utf-8")
+    return str(path)
+
+
 def test_defaults() -> None:
     """Tests that nothing said gives the documented defaults and a state dir by port."""
     assert RunOptions(state_dir="/state/spotserve/8000") == options()
@@ -72,6 +82,8 @@ def test_every_setting_reaches_its_field(tmp_path: Path) -> None:
         "instances": "2",
         "gpus_per_instance": "2",
         "gpu_memory": '"80%"',
+        "gpu_profile": f'"{profile_file(tmp_path)}"',
+        "gpu_types": '"own,slow"',
         "data_parallel_size": "1",
         "pipeline_parallel_size": "2",
         "tensor_parallel_size": "3",
@@ -101,6 +113,8 @@ def test_every_setting_reaches_its_field(tmp_path: Path) -> None:
         instances=2,
         gpus_per_instance=2,
         gpu_memory=GpuMemory(free_share=0.8),
+        gpu_profiles=(SLOW,),
+        gpu_types=("own", "slow"),
         data=1,
         pipeline=2,
         tensor=3,
@@ -233,6 +247,9 @@ def test_config_file_by_variable(tmp_path: Path) -> None:
         ("host = 3\n", "host 3 is not a text"),
         ("fresh = true\n", "fresh is not a setting"),
         ("[solver]\nplace = 3\n", "solver place=3 is not one of makespan, reuse, paper, rank-order"),
+        ("x = " + "[" * 100_000, "is not TOML: nesting exceeds"),
+        ("# " + "x" * (4 * 1024 * 1024), "is malformed at file: it is larger than"),
+        ("port = 1" + "0" * 400, "is malformed at port: an integer is beyond"),
     ],
 )
 def test_refuses_files(tmp_path: Path, text: str, words: str) -> None:
@@ -244,8 +261,10 @@ def test_refuses_files(tmp_path: Path, text: str, words: str) -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    """Tests that a config file that is not there is refused, not ignored."""
+    """Tests that a config file that is not there, or a pipe that nobody writes, is refused, not ignored or awaited."""
     assert refused(config_file=tmp_path / "none.toml")[0].endswith("cannot be read: No such file or directory")
+    os.mkfifo(tmp_path / "pipe")
+    assert refused(config_file=tmp_path / "pipe")[0].endswith("cannot be read: it is not a regular file")
 
 
 def test_solver_table(tmp_path: Path) -> None:
@@ -259,6 +278,38 @@ def test_solver_table(tmp_path: Path) -> None:
 def test_names_are_those_of_the_registry() -> None:
     """Tests that the command line knows exactly the policies and solvers that there are."""
     assert (POLICIES, SOLVERS) == (POLICY_NAMES, SOLVER_NAMES)
+
+
+@pytest.mark.parametrize("value", ["own, slow", ["own", "slow"]])
+def test_types_of_instances(tmp_path: Path, value: object) -> None:
+    """Tests that types are read as a list or with commas between."""
+    assert ("own", "slow") == options({"gpu_profile": [profile_file(tmp_path)], "gpu_types": value}).gpu_types
+
+
+def test_types_need_times(tmp_path: Path) -> None:
+    """Tests that a type without times, times given twice, and a solver that knows one type only are refused."""
+    file = profile_file(tmp_path)
+    given = {"gpu_profile": [file]}
+    assert "--gpu-types fast has no times: it is not one of own, slow" == refused({**given, "gpu_types": "fast"})[0]
+    assert "--gpu-types slow has no times: it is not one of own" == refused({"gpu_types": "slow"})[0]
+    assert "--gpu-types  is empty" == refused({**given, "gpu_types": "own,,slow"})[0]
+    assert "--gpu-profile of the device 'slow' is there twice" == refused({"gpu_profile": [file, file]})[0]
+    for other, name in (({"solver": ["configure=enumerate"]}, "enumerate"), ({"policy": "paper"}, "paper")):
+        message, hint = refused({**given, **other})
+        assert f"the solver configure={name} knows fleets of one GPU type only, and --gpu-profile" in message
+        assert "--solver configure=cpsat" == hint
+    assert options({**given, "policy": "paper", "solver": ["configure=cpsat"]}).gpu_profiles == (SLOW,)
+    own = profile_file(tmp_path, device="own")
+    assert "--gpu-profile of the device 'own' stands for" in refused({"gpu_profile": own})[0]
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"device": NaN}', "[" * 100_000])
+def test_refuses_profiles(tmp_path: Path, text: str) -> None:
+    """Tests that a file that is no profile is refused by name, with where it is wrong."""
+    (tmp_path / "bad.json").write_text(text)
+    message, hint = refused({"gpu_profile": [str(tmp_path / "bad.json")]})
+    assert message.startswith(f"--gpu-profile {tmp_path / 'bad.json'} is malformed at ")
+    assert hint is not None
 
 
 def test_secrets_are_not_told(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from spotserve.cli.main import run_verb
 FOLDER = Path(__file__).parent / "help"
 VERBS = (
     *("run", "demo", "status", "notice", "kill", "add-instance", "snapshot", "apply", "stop"),
-    *("plan", "show", "diff", "verify", "report", "inspect", "replay", "profile", "worker"),
+    *("plan", "show", "diff", "verify", "report", "inspect", "replay", "simulate", "profile", "worker"),
 )
 
 

@@ -162,6 +162,31 @@ def test_journal_that_was_cut(tmp_path: Path) -> None:
     assert report["steps"][0]["measured_s"] is None, "it was ordered before the journal begins"
 
 
+def test_life_of_a_request(said: Said, tmp_path: Path) -> None:
+    """Tests that a request's life is told as a table made of the JSON, with a row for each step."""
+    stage = noticed_stage()
+    written_journal(tmp_path / "journal.db", stage.journal.entries)
+    code, out, err = said(tmp_path, "--request", "q0", "--json")
+    report = json.loads(out)
+    assert (code, err, report["request"], report["state"]) == (0, "", "q0", "finished")
+    code, text, _ = said(tmp_path / "journal.db", "--request", "q0")
+    assert (code, text.splitlines()[0]) == (0, "request q0  finished")
+    rows = [line.split() for line in text.split("Life\n")[1].splitlines()[1:]]
+    assert [row[2] for row in rows] == [str(step["sequence"]) for step in report["steps"]]
+    assert "moved to" in text
+
+
+def test_request_that_is_not_there(said: Said, tmp_path: Path) -> None:
+    """Tests that an unknown request exits 1 with the nearest id, and two questions at once exit 2."""
+    written_journal(tmp_path / "journal.db", noticed_stage().journal.entries)
+    code, out, err = said(tmp_path, "--request", "q00")
+    assert (code, out) == (1, "")
+    assert err.splitlines()[0] == "error: request q00 is not in the journal"
+    assert err.splitlines()[1].startswith("hint: did you mean q0")
+    assert said(tmp_path, "--request", "q0", "--migration", 1)[0] == 2
+    assert said(tmp_path, "--request", "\x1b[31m\n")[2].count("\n") == 2
+
+
 def test_what_is_not_there(said: Said, tmp_path: Path) -> None:
     """Tests that a missing journal, garbage and an unknown number exit 1 in one line, and no number exits 2."""
     assert said(tmp_path)[0] == 1

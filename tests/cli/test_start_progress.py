@@ -17,8 +17,7 @@ import pytest
 import structlog
 from rich.console import Console
 
-from spotserve import app
-from spotserve.app import BUILTIN_MODEL
+from spotserve.app import BUILTIN_MODEL, deployment
 from spotserve.cli import profile_command, run_command
 from spotserve.cli.main import run_verb
 from spotserve.cli.start_progress import StartBars, StartLines, start_progress
@@ -135,7 +134,7 @@ def test_every_start_that_ends_early_ends_its_bar(
         progress.show("download", 1, 2)
         raise interruption
 
-    monkeypatch.setattr(app, "resolve_model", stopped)
+    monkeypatch.setattr(deployment, "resolve_model", stopped)
     monkeypatch.setattr(profile_command, "resolve_model", stopped)
     for command in (run_command, profile_command):
         bars = StartBars(Console(file=terminal, force_terminal=True, width=100))

@@ -11,7 +11,8 @@ from spotserve.core.ids import ReplicaId, RequestId
 from spotserve.core.ports import NewRequest
 from spotserve.core.sampling import SamplingParameters
 from spotserve.core.wire import FinishReason, TokenRun
-from spotserve.store.journal import Journal, JournalIdentity, JournalRecord
+from spotserve.store.journal import Journal
+from spotserve.store.journal_file import JournalIdentity, JournalRecord
 from spotserve.store.ledger import Ledger
 
 R1, R2 = ReplicaId("r1"), ReplicaId("r2")

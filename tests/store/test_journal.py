@@ -14,7 +14,8 @@ import pytest
 from spotserve.core.controller import Entry
 from spotserve.core.events import InstanceWanted
 from spotserve.errors import InvariantError, StateDirError
-from spotserve.store.journal import EntryJournal, Journal, JournalRecord
+from spotserve.store.journal import EntryJournal, Journal
+from spotserve.store.journal_file import JournalRecord
 from tests.store.conftest import TIMEOUT_S, identity, records
 
 

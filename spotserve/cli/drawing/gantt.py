@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import floor, log10
+from math import floor
 
+from spotserve.cli.drawing.axes import round_up
 from spotserve.cli.drawing.svg import Drawing, Markup, element, fitting, stacked, text, title, width_of
+from spotserve.core.ids import instance_of, natural_key
+from spotserve.core.plan import COPY_KINDS
 from spotserve.core.plan_text.page import step_subject
-from spotserve.core.plan_text.schedule import COPIES, Span, port_spans, ports_of
-from spotserve.core.plan_text.table import Json, count_text, cut, instance_of, natural, seconds_text, size_text
+from spotserve.core.plan_text.schedule import Span, port_spans, ports_of
+from spotserve.core.plan_text.table import Json, count_text, cut, seconds_text, size_text
 
 WIDTH = 1200
 LABEL_WIDTH = 110
@@ -108,7 +111,7 @@ def rows_of(spans: Sequence[Span]) -> tuple[list[Row], int]:
             ports.setdefault(name, []).append(span)
         if span.step["kind"] in (*EARLY_KINDS, *LATE_KINDS):
             kinds.setdefault(span.step["kind"], []).append(span)
-    names = sorted(ports, key=natural)
+    names = sorted(ports, key=natural_key)
     if len(names) > MOST_PORTS:
         busy = {name: sum(span.busy_until_s - span.begin_s for span in ports[name]) for name in names}
         kept = set(sorted(names, key=lambda name: (name.endswith(INSIDE), -busy[name]))[:MOST_PORTS])
@@ -123,7 +126,7 @@ def _places(step: Json) -> tuple[str, ...]:
     """The port rows in which a step is drawn."""
     if step["kind"] == "load_weights":
         return (f"{instance_of(step['workers'][0])} storage",)
-    if step["kind"] not in COPIES:
+    if step["kind"] not in COPY_KINDS:
         return ()
     used = ports_of(step)
     return tuple(f"{name} {way}" for name, way in used) or (instance_of(step["source"]) + INSIDE,)
@@ -272,7 +275,7 @@ def _mark_lines(marks: Sequence[Mark], *, top: float, bottom: float) -> list[Mar
 def _ticks(axis: Axis, *, top: float, bottom: float) -> list[Markup]:
     """Round times below the chart."""
     last_s = axis.end_s
-    step_s = _round_step((axis.end_s - axis.begin_s) / 8)
+    step_s = round_up((axis.end_s - axis.begin_s) / 8)
     parts = [element("line", x1=LABEL_WIDTH, x2=WIDTH, y1=bottom, y2=bottom, stroke="#888888")]
     number = floor(axis.begin_s / step_s)
     while number * step_s <= last_s:
@@ -288,12 +291,6 @@ def _ticks(axis: Axis, *, top: float, bottom: float) -> list[Markup]:
         parts.append(element("line", x1=x, x2=x, y1=top, y2=bottom + 4, stroke="#888888", stroke_opacity="0.35"))
         parts.append(text(told, x=x, y=bottom + 15, size=10, text_anchor=anchor, fill="#555555"))
     return parts
-
-
-def _round_step(least_s: float) -> float:
-    """The next of 1, 2, 5, 10, … at or above."""
-    power = 10.0 ** floor(log10(max(least_s, 1e-9)))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least_s * (1 - 1e-9))
 
 
 WORDS: Mapping[str, str] = {

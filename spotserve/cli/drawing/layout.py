@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from spotserve.cli.drawing.svg import Drawing, Markup, element, fitting, stacked, text, title
-from spotserve.core.plan_text.table import Json, count_text, cut, natural
+from spotserve.core.ids import natural_key
+from spotserve.core.plan_text.table import Json, count_text, cut
 from spotserve.core.plan_text.topology import (
     gpus_of,
     instance_state,
@@ -50,7 +51,7 @@ def layout_panels(plan: Json) -> Drawing:
 def _instances(plan: Json) -> Mapping[str, Sequence[str]]:
     found = gpus_of(plan)
     known = {*found, *(one["id"] for one in plan["snapshot"]["world"]["instances"])}
-    return {name: found.get(name, ()) for name in sorted(known, key=natural)}
+    return {name: found.get(name, ()) for name in sorted(known, key=natural_key)}
 
 
 def _differs(
@@ -66,7 +67,7 @@ def _row_height(num_rows: int) -> int:
 def _panel(plan: Json, name: str, replicas: Sequence[Json], rows: Sequence[tuple[str, str, Sequence[str]]]) -> Drawing:
     """One layout."""
     taken = positions(replicas)
-    names = sorted({one["id"] for one in (*replicas_before(plan), *replicas_after(plan))}, key=natural)
+    names = sorted({one["id"] for one in (*replicas_before(plan), *replicas_after(plan))}, key=natural_key)
     colours = {replica: COLOURS[index % len(COLOURS)] for index, replica in enumerate(names)}
     changes = {replica["id"]: replica_change(plan, replica) for replica in replicas}
     height = _row_height(len(rows))
