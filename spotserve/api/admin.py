@@ -10,16 +10,17 @@ import asyncio
 import ipaddress
 import math
 
-from pydantic import ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from spotserve.api.errors import HttpError
 from spotserve.api.validation import Fields, read_json_object
+from spotserve.core.check import read_plan
+from spotserve.core.finding import Finding
 from spotserve.core.ids import InstanceId
 from spotserve.core.plan import Plan
 from spotserve.core.ports import Administration
-from spotserve.errors import PlanRefusedError, RequestError, SpecError
+from spotserve.errors import PlanRefusedError, SpecError
 
 DEFAULT_GRACE_S = 30.0
 MAX_GRACE_S = 86400.0
@@ -124,11 +125,7 @@ def _read_grace(fields: Fields) -> float:
 
 
 def _read_plan(data: bytes) -> Plan:
-    try:
-        return Plan.model_validate(read_json_object(data))
-    except RequestError as error:
-        raise PlanRefusedError(f"plan cannot be read: {error.message}") from error
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        path = ".".join(str(part) for part in first["loc"])
-        raise PlanRefusedError(f"plan cannot be read at {path or 'its top'}: {first['msg']}") from error
+    plan = read_plan(data)
+    if isinstance(plan, Finding):
+        raise PlanRefusedError(f"plan refused: {plan.line()}", hint="spotserve plan --out writes plans")
+    return plan

@@ -41,6 +41,8 @@ class CoordinatorRestarted(EventBase):
     term: int
     workers: tuple[GpuId, ...]
     num_instances: int = Field(ge=0)
+    policy_version: int | None = None
+    """The version that decides from here on; None in journals that were recorded before it was told: no other one."""
 
 
 class InstanceWanted(EventBase):
@@ -59,6 +61,8 @@ class WorkerRegistered(EventBase):
     num_gpus: int
     memory_bytes: int
     incarnation: str
+    gpu_type: str = Field(default="", exclude_if=lambda gpu_type: not gpu_type)
+    """One of the profile's types; empty is the profile's own, as in journals from before there were others."""
 
 
 class NoticeReceived(EventBase):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from spotserve.core import events as ev
-from spotserve.core.ids import InstanceId, ReplicaId, RequestId, instance_of
+from spotserve.core.ids import InstanceId, ReplicaId, RequestId, entry_of, instance_of
 from spotserve.core.lifecycles import INSTANCE, REPLICA, REQUEST, can_fire, fire
 from spotserve.core.plan import Activate, CopyKv, CopyKvDelta, CopyWeights, JoinGroup, LoadWeights, Reserve, Step
 from spotserve.core.snapshot import Gpu
@@ -51,7 +51,8 @@ def _suspended(request: Request) -> str:
 
 
 def _begun(state: ClusterState, event: ev.JournalBegun) -> ClusterState:
-    state = state.model_copy(update={"spec": event.spec, "num_instances": event.num_instances, "term": 1})
+    begun = {"spec": event.spec, "policy_version": event.spec.policy_version}
+    state = state.model_copy(update={**begun, "num_instances": event.num_instances, "term": 1})
     for _ in range(event.num_instances):
         state = _add_instance(state, "spot")
     return state
@@ -61,6 +62,8 @@ def _restarted(state: ClusterState, event: ev.CoordinatorRestarted) -> ClusterSt
     state = state.model_copy(
         update={"term": event.term, "planning": None, "retry_at_s": None, "stop_by_s": None, "stopped": False}
     )
+    if event.policy_version is not None:
+        state = state.model_copy(update={"policy_version": event.policy_version})
     if any(state.doomed(replica) for replica in state.serving()):
         state = raise_trigger(state, "notice")
     # An instance that did not dial in again is about to be told lost: it does not count any more.
@@ -95,7 +98,8 @@ def _registered(state: ClusterState, event: ev.WorkerRegistered) -> ClusterState
         if instance.deadline_at_s is not None:
             # It was noticed before it had dialled in.
             status = fire(INSTANCE, status, "noticed")
-    gpus = tuple(sorted((*instance.gpus, Gpu(id=event.worker, memory_bytes=event.memory_bytes)), key=_gpu_order))
+    gpu = Gpu(id=event.worker, memory_bytes=event.memory_bytes, type=event.gpu_type)
+    gpus = tuple(sorted((*instance.gpus, gpu), key=_gpu_order))
     if status == "joining" and len(gpus) == event.num_gpus:
         status = fire(INSTANCE, status, "all_registered")
     instance = instance.model_copy(update={"state": status, "num_gpus": event.num_gpus, "gpus": gpus})
@@ -295,6 +299,10 @@ def _ended(state: ClusterState, event: ev.RequestEnded) -> ClusterState:
     )
 
 
+def _answered(state: ClusterState, event: ev.SnapshotTaken | ev.PlanReady | ev.PlanFailed) -> ClusterState:
+    return state.model_copy(update={"answered": max(state.answered, entry_of(event.command))})
+
+
 def _step_of(run: PlanRun, step_id: str) -> Step | None:
     return next((step for step in run.plan.steps if step.id == step_id), None)
 
@@ -441,9 +449,9 @@ _OBSERVERS: dict[str, Callable[[ClusterState, Any], ClusterState]] = {
     "first_token": _first_token,
     "request_evicted": _evicted,
     "request_ended": _ended,
-    "snapshot_taken": _unchanged,
-    "plan_ready": _unchanged,
-    "plan_failed": _unchanged,
+    "snapshot_taken": _answered,
+    "plan_ready": _answered,
+    "plan_failed": _answered,
     "plan_submitted": _unchanged,
     "step_done": _step_done,
     "step_failed": _step_failed,

@@ -1,4 +1,4 @@
-"""What one part needs of another, as small protocols; `app.py` wires the real ones, tests the fakes."""
+"""What one part needs of another, as small protocols; `app/` wires the real ones, tests the fakes."""
 
 from __future__ import annotations
 

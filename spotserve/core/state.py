@@ -126,6 +126,8 @@ class ClusterState(Frozen):
     """Everything the controller knows."""
 
     spec: ServingSpec | None = None
+    policy_version: int = 1
+    """The version that decides: the spec's, until a coordinator of another one continues the journal."""
     num_instances: int = 0
     at_s: float = 0.0
     term: int = 0
@@ -139,6 +141,8 @@ class ClusterState(Frozen):
     counters: Counters = Counters()
     run: PlanRun | None = None
     planning: Planning | None = None
+    answered: int = 0
+    """The newest entry of which a planning command has its answer: what answers it, or an older one, again is late."""
     trigger: TriggerKind | None = None
     retry_at_s: float | None = None
     num_retries: int = 0

@@ -6,7 +6,7 @@ from typing import Any
 
 from spotserve.core.service import service_state
 from spotserve.core.snapshot import Replica
-from spotserve.core.state import ClusterState
+from spotserve.core.state import ClusterState, Instance
 
 FORMAT_VERSION = "0.1"
 
@@ -35,6 +35,7 @@ def service_status(state: ClusterState) -> dict[str, Any]:
                 "state": instance.state,
                 "gpus": [gpu.id for gpu in instance.gpus],
                 "market": instance.market,
+                **_gpu_types(state, instance),
             }
             for instance in state.instances.values()
         ],
@@ -45,6 +46,13 @@ def service_status(state: ClusterState) -> dict[str, Any]:
         },
         "migrations": [line.model_dump(mode="json") for line in state.migrations],
     }
+
+
+def _gpu_types(state: ClusterState, instance: Instance) -> dict[str, list[str]]:
+    """The type of each GPU, where the profile knows more than one."""
+    if state.spec is None or not state.spec.profile.devices:
+        return {}
+    return {"gpu_types": [gpu.type or state.spec.profile.device for gpu in instance.gpus]}
 
 
 def _parallel(replicas: list[Replica]) -> dict[str, int] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -26,8 +26,12 @@ MAX_INTEGER = 2**53
 """Up to here every reader of JSON has the same integers."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
-"""A JSON string, closed or cut off by the end of the file; possessive, so it never backtracks."""
+STRING = re.compile(rb'"(?:[^"\\]++|\\.?)*+"?', re.DOTALL)
+"""A JSON string, closed or cut off by the end of the data; possessive, so it never backtracks."""
+
+CLOSED_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+MEASURED_BYTES = 256 * 1024
+"""So much is measured at a time: taking strings out costs a hundred times the bytes of the shortest ones."""
 
 NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 LARGE_NUMBERS = re.compile(rb"[0-9]{16}|[eE]\+?[0-9]{3}")
@@ -89,25 +93,42 @@ def parse(data: bytes) -> Any:
         document = reader.read(text)
     except (ValueError, RecursionError) as error:
         raise JsonFaultError("", f"not JSON: {shown(error, 160)}") from error
-    if reader.is_wrong:
-        path, wrong = _first_wrong(document, ()) or ((), _Wrong("not JSON"))
+    if reader.first is not None:
+        path, wrong = _first_wrong(document, ()) or ((), reader.first)
         raise JsonFaultError(path_text(path), wrong.message)
     return document
 
 
 def _measured(data: bytes) -> bool:
     """Whether the numbers must be looked at one by one. Raises JsonFaultError for a structure beyond its bounds."""
-    structure = STRINGS.sub(b"", data)
-    brackets = structure.translate(None, NOT_BRACKETS)
-    values = structure.count(b",") + len(brackets)
-    if values > MAX_VALUES:
-        raise JsonFaultError("", f"{values} values and brackets exceed {MAX_VALUES}")
-    depth = 0
-    for bracket in brackets:
-        depth += 1 if bracket in b"[{" else -1
-        if depth > MAX_DEPTH:
-            raise JsonFaultError("", f"nesting exceeds {MAX_DEPTH} levels")
-    return LARGE_NUMBERS.search(structure) is not None
+    parts = []
+    values = depth = 0
+    for part in _without_strings(data):
+        brackets = part.translate(None, NOT_BRACKETS)
+        values += part.count(b",") + len(brackets)
+        if values > MAX_VALUES:
+            raise JsonFaultError("", f"values and brackets exceed {MAX_VALUES}")
+        for bracket in brackets:
+            depth += 1 if bracket in b"[{" else -1
+            if depth > MAX_DEPTH:
+                raise JsonFaultError("", f"nesting exceeds {MAX_DEPTH} levels")
+        parts.append(part)
+    return LARGE_NUMBERS.search(b"".join(parts)) is not None
+
+
+def _without_strings(data: bytes) -> Iterator[bytes]:
+    """What is outside of strings, part by part; no part begins or ends in a string."""
+    begin = 0
+    while begin < len(data):
+        end = min(begin + MEASURED_BYTES, len(data))
+        part = data[begin:end]
+        strings = STRING.findall(part)
+        yield STRING.sub(b"", part)
+        if strings and CLOSED_STRING.fullmatch(strings[-1]) is None:  # The last one goes on.
+            whole = STRING.match(data, end - len(strings[-1]))
+            assert whole is not None
+            end = whole.end()
+        begin = end
 
 
 class _Reader:
@@ -115,10 +136,10 @@ class _Reader:
 
     def __init__(self, *, number_by_number: bool) -> None:
         self.number_by_number = number_by_number
-        self.is_wrong = False
+        self.first: _Wrong | None = None
 
     def read(self, text: str) -> Any:
-        """The document, with marks where `is_wrong`."""
+        """The document, with a mark where something is wrong."""
         return json.loads(
             text,
             object_pairs_hook=self._unique,
@@ -128,8 +149,9 @@ class _Reader:
         )
 
     def _wrong(self, message: str) -> _Wrong:
-        self.is_wrong = True
-        return _Wrong(message)
+        """The mark: one for all, as a file may be wrong a million times; of interest is the first."""
+        self.first = self.first or _Wrong(message)
+        return self.first
 
     def _unique(self, pairs: list[tuple[str, object]]) -> object:
         """An object; two readers of one with a key twice could see two documents."""
@@ -151,16 +173,18 @@ class _Reader:
         return value if abs(value) < float("inf") else self._wrong(f"the number {shown(text, 24)} is not finite")
 
 
+def _inner(document: object) -> Iterable[tuple[str | int, object]]:
+    """What an object or array holds, by key or index; nothing for any other value."""
+    if isinstance(document, dict):
+        return document.items()
+    return enumerate(document) if isinstance(document, list) else ()
+
+
 def _first_wrong(document: object, path: tuple[str | int, ...]) -> tuple[tuple[str | int, ...], _Wrong] | None:
     """Where the first mark stands."""
     if isinstance(document, _Wrong):
         return path, document
-    inner: Any = ()
-    if isinstance(document, dict):
-        inner = document.items()
-    elif isinstance(document, list):
-        inner = enumerate(document)
-    for key, value in inner:
+    for key, value in _inner(document):
         found = _first_wrong(value, (*path, key)) if isinstance(value, dict | list | _Wrong) else None
         if found is not None:
             return found
@@ -174,12 +198,7 @@ def refuse_large_numbers(document: object, path: tuple[str | int, ...] = ()) -> 
     """
     if isinstance(document, int) and abs(document) > MAX_INTEGER:
         raise JsonFaultError(path_text(path), f"an integer is beyond {MAX_INTEGER}")
-    inner: Any = ()
-    if isinstance(document, dict):
-        inner = document.items()
-    elif isinstance(document, list):
-        inner = enumerate(document)
-    for key, value in inner:
+    for key, value in _inner(document):
         refuse_large_numbers(value, (*path, key))
 
 

@@ -60,6 +60,8 @@ class Register(Frozen):
     version: str
     memory_bytes: int
     device: str
+    gpu_type: str = ""
+    """What it calls its GPU: what it was told, else the device's own name; empty: as the daemon's."""
     mesh_address: str
     transfer_address: str
     roles: tuple[RoleReport, ...] = ()

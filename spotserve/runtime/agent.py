@@ -25,7 +25,7 @@ import psutil
 import torch
 
 from spotserve import __version__
-from spotserve.core.batching import DEFAULT_TOKEN_BUDGET, BatchLimits, SequenceKey
+from spotserve.core.batching import BatchLimits, SequenceKey
 from spotserve.core.ids import ReplicaId
 from spotserve.core.spec import ServingSpec
 from spotserve.core.wire import (
@@ -185,6 +185,7 @@ class Agent:
             version=__version__,
             memory_bytes=settings.gpu_memory_bytes,
             device=settings.device,
+            gpu_type=settings.gpu_type or _device_name(settings.device),
             mesh_address=self._meshes.address,
             transfer_address=self._transfers.address,
             roles=tuple(position.role() for position in self._positions()),
@@ -506,11 +507,8 @@ class Agent:
         return {}
 
     def _limits(self, position: Position) -> BatchLimits:
-        return BatchLimits(
-            num_blocks=position.kv_blocks,
-            max_running=position.max_running,
-            max_in_flight=position.place.pipeline,
-            token_budget=max(DEFAULT_TOKEN_BUDGET, 2 * position.max_running),
+        return BatchLimits.of_replica(
+            kv_blocks=position.kv_blocks, max_running=position.max_running, pipeline=position.place.pipeline
         )
 
     def _release(self, command: ReleaseCommand) -> dict[str, Any]:
@@ -619,6 +617,11 @@ def agent_main(settings: WorkerSettings) -> int:
     agent = Agent(settings)
     signal.signal(signal.SIGTERM, lambda number, frame: agent.take_notice())
     return agent.run()
+
+
+def _device_name(device: str) -> str:
+    """What CUDA calls the GPU; empty on a CPU, where only the person who starts the worker can tell."""
+    return torch.cuda.get_device_name() if device == "cuda" else ""
 
 
 def _is_same_service(old: ServingSpec, new: ServingSpec) -> bool:

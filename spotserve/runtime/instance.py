@@ -34,6 +34,8 @@ class WorkerSettings(Frozen):
     num_gpus: int = Field(default=1, ge=1)
     gpu_memory_bytes: int = Field(gt=0)
     device: str = "cpu"
+    gpu_type: str = ""
+    """What its GPU is called; empty: as CUDA calls it, or on a CPU the daemon's own type."""
     host: str = "127.0.0.1"
     """Where the mesh and transfer ports listen; peers reach the worker there."""
     orphan_timeout_s: float = Field(default=60.0, gt=0)
@@ -95,6 +97,7 @@ def parse_worker_arguments(args: list[str]) -> WorkerSettings:
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--gpu-memory", default=None)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--gpu-type", default="")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--orphan-timeout", type=float, default=60.0)
     options = parser.parse_args(args)
@@ -107,6 +110,7 @@ def parse_worker_arguments(args: list[str]) -> WorkerSettings:
             num_gpus=options.gpus,
             gpu_memory_bytes=memory,
             device=options.device,
+            gpu_type=options.gpu_type,
             host=options.host,
             orphan_timeout_s=options.orphan_timeout,
         )

@@ -16,16 +16,18 @@ from typing import Any, Protocol
 from spotserve.core import commands as cmd
 from spotserve.core import events as ev
 from spotserve.core import wire
-from spotserve.core.check import check_plan
+from spotserve.core.admission import start_of, tokens_again
 from spotserve.core.controller import Entry
 from spotserve.core.finding import Finding
+from spotserve.core.gpu_types import type_called
 from spotserve.core.ids import GpuId, InstanceId, ReplicaId, RequestId, instance_of
 from spotserve.core.loop import JournalPort
 from spotserve.core.plan import Plan, PlanningProblem
 from spotserve.core.ports import NewRequest
 from spotserve.core.snapshot import Holding
-from spotserve.core.spec import ServingSpec
+from spotserve.core.spec import POLICY_VERSION, ServingSpec
 from spotserve.core.state import ClusterState
+from spotserve.core.verdict import blocking, findings_of
 from spotserve.errors import SpotServeError
 from spotserve.log import get_logger
 from spotserve.runtime.failpoints import Failpoint
@@ -236,7 +238,11 @@ class LiveWorld:
         earlier = [self._events.get_nowait() for _ in range(self._events.qsize())]
         self.emit(
             ev.CoordinatorRestarted(
-                at_s=self.at_s(), term=self.term, workers=tuple(registers), num_instances=num_instances
+                at_s=self.at_s(),
+                term=self.term,
+                workers=tuple(registers),
+                num_instances=num_instances,
+                policy_version=POLICY_VERSION,
             )
         )
         for event in earlier:
@@ -415,9 +421,8 @@ class LiveWorld:
             return
         # A large plan takes the checker a while, in which heartbeats go on.
         findings = await asyncio.to_thread(self.findings, plan)
-        blocking = [finding for finding in findings if finding.code != "past_deadline"]
-        if blocking:
-            first = blocking[0]
+        first = blocking(findings)
+        if first is not None:
             log.error("plan_refused", code=first.code, finding=str(first), num_findings=len(findings))
             self.emit(ev.PlanFailed(at_s=self.at_s(), command=command_id, error=f"checker: {first}"))
             return
@@ -433,7 +438,7 @@ class LiveWorld:
 
     def findings(self, plan: Plan, *, daemon_epoch: int | None = None) -> tuple[Finding, ...]:
         """What the checker has against a plan."""
-        return check_plan(plan, daemon_epoch=daemon_epoch) if plan.steps else ()
+        return findings_of(plan, daemon_epoch=daemon_epoch)
 
     def _begin_run(self, command_id: str, command: cmd.BeginRun) -> None:
         self._steps.begin(command.plan)
@@ -558,21 +563,20 @@ class LiveWorld:
         except KeyError:
             return None
         known = self._state().requests.get(admission.request)
-        kept = {position.choice: position for position in admission.choices}
         choices = []
         recomputed = 0
         for view in stored.choices:
             if view.finish_reason is not None:
                 continue
-            position = kept.get(view.choice)
-            if position is None and known is not None and known.had_token:
-                recomputed += len(stored.new.prompt_ids) + max(0, len(view.token_ids) - 1)
+            start = start_of(admission, view.choice)
+            if start.kv_tokens is None and known is not None and known.had_token:
+                recomputed += tokens_again(len(stored.new.prompt_ids), len(view.token_ids))
             choices.append(
                 wire.ChoiceContent(
                     choice=view.choice,
-                    kv_generation=admission.kv_generation if position is None else position.kv_generation,
+                    kv_generation=start.kv_generation,
                     token_ids=view.token_ids,
-                    kv_tokens=0 if position is None else position.kv_tokens,
+                    kv_tokens=start.kv_tokens or 0,
                 )
             )
         if not choices or stored.ended is not None:
@@ -616,7 +620,9 @@ class LiveWorld:
         if command.replica is not None:
             self._close_at_leader(command.replica, command.generation, command.request)
         await self.ledger.end(command.request, command.outcome, command.error)
-        self._ended(command.request, command.outcome)
+        # Only the first end counts: one that finished just before has been told, and has no second record.
+        if self.ledger.content(command.request, with_logprobs=False).ended == command.outcome:
+            self._ended(command.request, command.outcome)
 
     def _close_at_leader(
         self, replica: ReplicaId, generation: int, request: RequestId, choice: int | None = None
@@ -692,6 +698,7 @@ class LiveWorld:
                 num_gpus=register.num_gpus,
                 memory_bytes=register.memory_bytes,
                 incarnation=register.incarnation,
+                gpu_type=type_called(self.spec.profile, register.gpu_type),
             )
         )
 

@@ -115,7 +115,7 @@ def test_plan_file_from_snapshot_to_released(
         garbage.write_text("{plan}")
         assert_refused(daemon, garbage, "corrupt")
         garbage.write_text('{"format_version": "0.1"}')
-        assert_refused(daemon, garbage, "cannot be read")
+        assert_refused(daemon, garbage, "corrupt - epoch: field required")
         assert small.expected(30) == [stream.wait() for stream in small.stream_all(daemon, 30)]
 
 

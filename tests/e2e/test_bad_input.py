@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import structlog
 
-from spotserve import app
+from spotserve.app import BUILTIN_MODEL
 from spotserve.cli.main import run_verb
+from spotserve.runtime.forkserver_client import ForkServer
 from spotserve.store.state_dir import StateDir
 from tests.e2e.daemon import SPOTSERVE, free_port
 
@@ -31,7 +32,7 @@ def damaged(change: Callable[[Path], None]) -> Callable[[Path], list[str]]:
 
     def arguments(folder: Path) -> list[str]:
         model = folder / "model"
-        shutil.copytree(app.BUILTIN_MODEL, model)
+        shutil.copytree(BUILTIN_MODEL, model)
         change(model)
         return [str(model)]
 
@@ -216,7 +217,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No setting from outside, and no forkserver however a start goes."""
     for variable in [name for name in os.environ if name.startswith("SPOTSERVE_")]:
         monkeypatch.delenv(variable)
-    monkeypatch.setattr(app.ForkServer, "start", refuse_process)
+    monkeypatch.setattr(ForkServer, "start", refuse_process)
     yield
     structlog.reset_defaults()  # It was told to write to what captured this test's stderr.
 
@@ -260,7 +261,7 @@ def test_a_wrong_checksum(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     """Tests that a weight that SHA256SUMS contradicts is found at the very first start, before a process is started."""
     monkeypatch.setattr(subprocess, "Popen", refuse_process)
     [model] = damaged(weights(lambda data: data[:-1] + bytes([data[-1] ^ 1])))(tmp_path)
-    right = hashlib.sha256((app.BUILTIN_MODEL / "model.safetensors").read_bytes()).hexdigest()
+    right = hashlib.sha256((BUILTIN_MODEL / "model.safetensors").read_bytes()).hexdigest()
     (Path(model) / "SHA256SUMS").write_text(f"{right}  model.safetensors\n")
     message = refused(capsys, [model], tmp_path / "state", code=2)
     assert re.fullmatch(rf"{model}/model\.safetensors has sha256 \w{{64}}, but SHA256SUMS says {right}", message)

@@ -164,6 +164,7 @@ def test_worker_arguments() -> None:
         settings.gpu_memory_bytes,
         settings.orphan_timeout_s,
     )
+    assert ("", "slow") == (settings.gpu_type, parse_worker_arguments([*ARGUMENTS, "--gpu-type=slow"]).gpu_type)
     for wrong in (["--gpus", "0"], ["--gpus", "x"], ["--device", "tpu"], ["--colour", "red"]):
         with pytest.raises(SpecError, match="worker arguments"):
             parse_worker_arguments([*ARGUMENTS, *wrong])

@@ -87,3 +87,22 @@ def test_the_world_never_looks_at_logprobs(tmp_path: Path, monkeypatch: pytest.M
     assert 5 <= len(ledger.given)
     assert LOGPROBS == ledger.content(A).choices[0].logprobs
     ledger.shutdown()
+
+
+def test_a_cancel_that_comes_after_the_end_leaves_no_second_record(tmp_path: Path) -> None:
+    """Tests that a request which finished as its cancellation was under way is told to be finished alone."""
+    ledger = WatchedLedger(tmp_path / "ledger.db")
+    sampling = SamplingParameters(seed=1, max_tokens=2)
+    ledger.accept([NewRequest(request=A, prompt_ids=(1,), num_choices=1, sampling=sampling)])
+    ledger.end(A, "finished").result(TIMEOUT_S)
+    record = SimpleNamespace(id=A, replica=None, had_token=True, arrival_index=0)
+
+    async def scenario() -> bool:
+        world = world_over(ledger, SimpleNamespace(requests={A: record}, replicas={}))
+        world.submit("end", cmd.EndRequest(request=A, replica=None, generation=0, outcome="cancelled"))
+        await asyncio.gather(*world._tasks)
+        return world._events.empty()
+
+    assert asyncio.run(asyncio.wait_for(scenario(), TIMEOUT_S))
+    assert "finished" == ledger.content(A).ended
+    ledger.shutdown()
