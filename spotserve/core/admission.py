@@ -79,14 +79,23 @@ def _readmit(state: ClusterState, replica: Replica) -> Iterator[cmd.Command]:
 
     A run that is committed names those that it moved, when their KV has come.
     """
-    moved = state.run.sources if state.run is not None and state.run.committed else {}
     admissions = tuple(
         cmd.Admission(request=r.id, kv_generation=r.kv_generation)
         for r in state.requests_of(replica.id, replica.generation)
-        if r.id not in moved
+        if not has_moved(state, r)
     )
     if admissions:
         yield cmd.AdmitRequests(replica=replica.id, generation=replica.generation, admissions=admissions, again=True)
+
+
+def has_moved(state: ClusterState, request: Request) -> bool:
+    """Whether the request is where the committed run under way moved its KV: it was not admitted anew since."""
+    run = state.run
+    if run is None or not run.committed:
+        return False
+    admission = request.kv_generation // KV_GENERATIONS_PER_ADMISSION
+    named = (p.kv_generation for p in run.positions if p.request == request.id)
+    return any(generation // KV_GENERATIONS_PER_ADMISSION == admission for generation in named)
 
 
 def _room(state: ClusterState, replica: Replica) -> int:

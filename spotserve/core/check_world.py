@@ -8,15 +8,22 @@ from collections.abc import Iterator
 
 from spotserve.core.finding import Facts, Finding
 from spotserve.core.ids import GpuId, instance_of
+from spotserve.core.plan import CopyKv, CopyKvDelta, CopyWeights, LoadWeights, Release, Reserve
 from spotserve.core.slices import Shard
 from spotserve.core.snapshot import ENDED_STATES, Replica
 from spotserve.core.spec import ModelSpec, Parameter
 
 MAX_LAYERS = 4096
 MAX_PARAMETERS = 4096
-MAX_STEPS = 20_000
+MAX_STEPS = 40_000
+MAX_TABLE = 2**18
+"""Parameters of a model, layer by layer."""
+
 MAX_CELLS = 8_000_000
 """Parameters of all shards in a file, layer by layer: what judging it costs."""
+
+MAX_PAIRS = 16_000_000
+"""Pairs of steps that bring content to a GPU or free it there, and steps that read or take there."""
 
 MAX_ID_LENGTH = 128
 MIN_RATE, MAX_RATE = 1.0, 1e18
@@ -53,6 +60,13 @@ def check_spec(facts: Facts) -> Iterator[Finding]:
             yield _corrupt(f"spec.model.parameters[{number}]", f"{parameter.name} cannot be cut as the table says")
     if len({parameter.name for parameter in model.parameters}) < len(model.parameters):
         yield _corrupt("spec.model.parameters", "a parameter is listed twice")
+        return
+    in_each_layer = sum(parameter.stage == "layer" for parameter in model.parameters)
+    extent = model.num_layers * in_each_layer + len(model.parameters) - in_each_layer
+    if extent > MAX_TABLE:
+        yield _corrupt("spec.model.parameters", f"{extent} parameters of all layers exceed {MAX_TABLE}")
+    elif len(facts.table) < extent:
+        yield _corrupt("spec.model.parameters", "two parameters have one name")
 
 
 def _contiguous(chunks: tuple[tuple[int, int], ...], size: int) -> bool:
@@ -66,7 +80,7 @@ def _contiguous(chunks: tuple[tuple[int, int], ...], size: int) -> bool:
 
 def _well_cut(model: ModelSpec, parameter: Parameter) -> bool:
     sizes = {axis.name: axis.size for axis in model.axes}
-    if not parameter.shape or any(extent < 1 for extent in parameter.shape):
+    if any(extent < 1 for extent in parameter.shape):
         return False
     if not 0 <= parameter.dim < len(parameter.shape):
         return False
@@ -103,6 +117,9 @@ def check_snapshot(facts: Facts) -> Iterator[Finding]:
             if not _inside(facts, shard):
                 message = f"{holding.gpu} holds a shard outside the model"
                 yield _corrupt(f"snapshot.world.holdings[{number}]", message)
+        if holding.slices and not facts.in_table(holding.slices):
+            message = f"{holding.gpu} holds a slice that the parameter table does not have"
+            yield _corrupt(f"snapshot.world.holdings[{number}]", message)
     yield from _costly(facts)
     types = {facts.plan.spec.profile.device, *(device.type for device in facts.plan.spec.profile.devices)}
     for name, gpu_type in facts.world.gpu_types.items():
@@ -126,6 +143,19 @@ def _costly(facts: Facts) -> Iterator[Finding]:
     cells = sum(max(0, last - first) for first, last in shards) * len(facts.model.parameters)
     if cells > MAX_CELLS:
         yield _corrupt("snapshot.world", f"{cells} parameters of shards exceed {MAX_CELLS}")
+    pairs = _pairs(facts)
+    if pairs > MAX_PAIRS:
+        yield _corrupt("steps", f"{pairs} pairs of steps on one GPU exceed {MAX_PAIRS}")
+
+
+def _pairs(facts: Facts) -> int:
+    """How often two steps on one GPU have to be compared: what comes or goes there, and what reads or takes there."""
+    copies = [copy for _, copy in facts.of(CopyWeights, CopyKv, CopyKvDelta)]
+    takes = [step.workers[0] for _, step in facts.of(Reserve, LoadWeights)]
+    frees = [step.workers[0] for _, step in facts.of(Release)]
+    changes = Counter([*(copy.destination for copy in copies), *takes, *frees])
+    uses = Counter([*(copy.source for copy in copies), *(copy.destination for copy in copies), *takes])
+    return sum(count * uses[gpu] for gpu, count in changes.items())
 
 
 def check_membership(facts: Facts) -> Iterator[Finding]:

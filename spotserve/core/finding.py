@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from heapq import heapify, heappop, heappush
+from itertools import chain
 from operator import or_
-from typing import Literal
+from typing import Literal, TypeVar, overload
 
+from spotserve.core.cells import NOTHING, Cell, Cells, Interval, common, join, merged, without
 from spotserve.core.frozen import Frozen
-from spotserve.core.ids import GpuId, ReplicaId, StepId
-from spotserve.core.plan import Plan, Step
-from spotserve.core.slices import Shard, Slice, kv_head_range, parameter_of, row_bytes, shard_ranges
+from spotserve.core.ids import GpuId, InstanceId, ReplicaId, StepId
+from spotserve.core.plan import CopyKv, CopyKvDelta, Plan, Step, StepBase
+from spotserve.core.slices import (
+    Shard,
+    Slice,
+    concrete_parameters,
+    kv_head_range,
+    parameter_slices,
+    row_bytes,
+    stage_shard,
+)
 from spotserve.core.snapshot import Holding, InstanceView, Replica
+from spotserve.core.spec import Parameter
 from spotserve.core.strict_json import shown
 
 Code = Literal[
@@ -45,9 +56,17 @@ class Finding(Frozen):
         return f"{self.code} {shown(self.step or '-', 80)} {shown(self.path, 200)}: {shown(self.message, 400)}"
 
 
-Interval = tuple[int, int]
-Cells = dict[tuple[str, int], list[Interval]]
-"""Half-open runs per (parameter, dimension); runs may overlap, that is what is being judged."""
+A = TypeVar("A", bound=StepBase)
+B = TypeVar("B", bound=StepBase)
+C = TypeVar("C", bound=StepBase)
+D = TypeVar("D", bound=StepBase)
+E = TypeVar("E", bound=StepBase)
+
+Pairs = dict[tuple[int, int], Cells]
+"""Cells by the ids of the two that they come of."""
+
+Rectangle = tuple[GpuId, GpuId, ReplicaId, ReplicaId, Interval, Interval]
+"""What one KV step copies: from where to where, for which replicas, layers and kv heads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +87,44 @@ class Facts:
         self.plan = plan
         self.model = plan.spec.model
         self.world = plan.snapshot.world
+        # What is named by an id lives as long as these facts: a tuple of the plan, or cells that are kept here.
+        self._of: dict[tuple[type[StepBase], ...], list[tuple[int, Step]]] = {}
         self._row_bytes: dict[str, int] = {}
-        self._owned: dict[Shard, Cells] = {}
+        self._layer_cells: dict[int, list[tuple[Cell, str]]] = {}
+        self._runs: dict[tuple[int, int], dict[str, list[Interval]]] = {}
+        self._owned: dict[tuple[object, ...], Cells] = {}
         self._cells_of: dict[int, Cells] = {}
-        self._held_bytes: dict[int, int] = {}
-        self._lacking: dict[tuple[int, Shard], tuple[Cells, int]] = {}
+        self._bytes_of: dict[int, int] = {}
+        self._cells_of_pieces: dict[tuple[int, ...], Cells] = {}
+        self._in_table: dict[int, bool] = {}
+        self._unheld: Pairs = {}
+        self._needed: Pairs = {}
+        self._positions: dict[tuple[Interval, int], list[tuple[Shard, Interval]]] = {}
+        self._seats: dict[int, tuple[Seat, ...]] = {}
+
+    @overload
+    def of(self, one: type[A], /) -> Sequence[tuple[int, A]]: ...
+    @overload
+    def of(self, one: type[A], two: type[B], /) -> Sequence[tuple[int, A | B]]: ...
+    @overload
+    def of(self, one: type[A], two: type[B], three: type[C], /) -> Sequence[tuple[int, A | B | C]]: ...
+    @overload
+    def of(
+        self, one: type[A], two: type[B], three: type[C], four: type[D], five: type[E], /
+    ) -> Sequence[tuple[int, A | B | C | D | E]]: ...
+    def of(self, *kinds: type[StepBase]) -> Sequence[tuple[int, StepBase]]:
+        """The steps of some kinds with their numbers, in the order of the file."""
+        if kinds not in self._of:
+            # Sorted by number, and so hardly any work: plans have their kinds in runs.
+            self._of[kinds] = sorted(chain.from_iterable(self._of_kind.get(kind, ()) for kind in kinds))
+        return self._of[kinds]
+
+    @cached_property
+    def _of_kind(self) -> dict[type[StepBase], list[tuple[int, Step]]]:
+        result: dict[type[StepBase], list[tuple[int, Step]]] = {}
+        for pair in enumerate(self.plan.steps):
+            result.setdefault(type(pair[1]), []).append(pair)
+        return result
 
     @cached_property
     def living(self) -> dict[GpuId, InstanceView]:
@@ -90,15 +142,18 @@ class Facts:
         result: dict[GpuId, float | None] = {}
         for gpu, instance in self.living.items():
             if instance.state == "doomed" or self._takes(instance, "notice"):
-                named = instance.id in self.plan.trigger.instances
+                named = instance.id in self._triggering
                 known = [instance.remaining_s, self.plan.trigger.remaining_s if named else None]
                 result[gpu] = min((left for left in known if left is not None), default=None)
         return result
 
     def _takes(self, instance: InstanceView, kind: str) -> bool:
         """Whether the trigger changes the state of an instance that the snapshot has as ready."""
-        named = instance.state == "ready" and instance.id in self.plan.trigger.instances
-        return named and self.plan.trigger.kind == kind
+        return self.plan.trigger.kind == kind and instance.state == "ready" and instance.id in self._triggering
+
+    @cached_property
+    def _triggering(self) -> frozenset[InstanceId]:
+        return frozenset(self.plan.trigger.instances)
 
     @cached_property
     def memory(self) -> dict[GpuId, int]:
@@ -132,64 +187,57 @@ class Facts:
 
     @cached_property
     def held(self) -> dict[GpuId, Cells]:
-        """Weight ranges that each living GPU holds."""
+        """Weight ranges that each living GPU holds; GPUs with the same shards have the same cells."""
         result: dict[GpuId, Cells] = {}
-        of_shards: dict[tuple[Shard, ...], Cells] = {}
+        of_shards: dict[tuple[int, ...], Cells] = {}
         for holding in self.world.holdings:
             if holding.gpu not in self.living:
                 continue
             if holding.gpu not in result and not holding.slices:
-                if holding.shards not in of_shards:
-                    of_shards[holding.shards] = self._together((), holding)
-                result[holding.gpu] = of_shards[holding.shards]
+                owned = tuple(id(self.owned(shard)) for shard in holding.shards)
+                if owned not in of_shards:
+                    is_one = len(holding.shards) == 1
+                    of_shards[owned] = self.owned(holding.shards[0]) if is_one else self._together({}, holding)
+                result[holding.gpu] = of_shards[owned]
             else:
-                result[holding.gpu] = self._together(result.get(holding.gpu, {}).items(), holding)
+                result[holding.gpu] = self._together(result.get(holding.gpu, {}), holding)
         return result
 
-    def _together(self, runs_of: Iterable[tuple[tuple[str, int], list[Interval]]], holding: Holding) -> Cells:
-        """Runs, and all that a holding names beside them."""
-        cells: Cells = {key: list(runs) for key, runs in runs_of}
+    def _together(self, held: Cells, holding: Holding) -> Cells:
+        """Cells, and all that a holding names beside them."""
+        cells = dict(held)
         for shard in holding.shards:
-            for key, runs in self.owned(shard).items():
-                cells.setdefault(key, []).extend(runs)
-        add(cells, holding.slices)
-        return {key: merged(runs) for key, runs in cells.items()}
+            join(cells, self.owned(shard))
+        join(cells, self.cells_of(holding.slices))
+        return {cell: merged(runs) for cell, runs in cells.items()}
 
-    def lacking(self, seat: Seat) -> tuple[Cells, int]:
-        """What a position needs and its GPU does not hold, and the bytes of that."""
-        held = self.held.get(seat.gpu, {})
-        # GPUs with the same shards have the same cells, which live as long as these facts.
-        key = (id(held) if held else 0, seat.shard)
-        if key not in self._lacking:
-            needs = self.needs(seat).items()
-            cells = {name: left for name, runs in needs if (left := minus(runs, held.get(name, [])))}
-            self._lacking[key] = cells, self.cells_bytes(cells)
-        return self._lacking[key]
-
-    def held_bytes(self, gpu: GpuId) -> int:
-        """Bytes of the weights that a GPU holds."""
-        cells = self.held.get(gpu)
-        if not cells:
-            return 0
-        if id(cells) not in self._held_bytes:
-            self._held_bytes[id(cells)] = self.cells_bytes(cells)
-        return self._held_bytes[id(cells)]
+    def lacking(self, seat: Seat) -> Cells:
+        """What a position needs and its GPU does not hold."""
+        return self._pair(self._unheld, without, self.needs(seat), self.held.get(seat.gpu, NOTHING))
 
     def seats(self, replica: Replica) -> tuple[Seat, ...]:
         """The positions of a replica, as its stages and the parameter table define them."""
-        result = []
-        for stage in replica.stages:
-            for rank, gpu in enumerate(stage.gpus):
-                shard = Shard(
-                    layers=stage.layers,
-                    tensor=len(stage.gpus),
-                    rank=rank,
-                    first=stage.layers[0] == 0,
-                    last=stage.layers[1] == self.model.num_layers,
+        if id(replica) not in self._seats:
+            self._seats[id(replica)] = tuple(
+                Seat(gpu, replica.id, shard, stage.layers, heads)
+                for stage in replica.stages
+                for gpu, (shard, heads) in zip(
+                    stage.gpus, self._ranks(stage.layers, tensor=len(stage.gpus)), strict=True
                 )
-                heads = kv_head_range(self.model, tensor=len(stage.gpus), rank=rank)
-                result.append(Seat(gpu, replica.id, shard, stage.layers, heads))
-        return tuple(result)
+            )
+        return self._seats[id(replica)]
+
+    def _ranks(self, layers: Interval, *, tensor: int) -> list[tuple[Shard, Interval]]:
+        """Shard and kv heads of each rank of a stage."""
+        if (layers, tensor) not in self._positions:
+            self._positions[layers, tensor] = [
+                (
+                    stage_shard(self.model, layers=layers, tensor=tensor, rank=rank),
+                    kv_head_range(self.model, tensor=tensor, rank=rank),
+                )
+                for rank in range(tensor)
+            ]
+        return self._positions[layers, tensor]
 
     @cached_property
     def old_seat(self) -> dict[GpuId, Seat]:
@@ -212,11 +260,61 @@ class Facts:
 
     def owned(self, shard: Shard) -> Cells:
         """The weight ranges of a shard."""
-        if shard not in self._owned:
-            self._owned[shard] = {
-                (name, parameter.dim): list(ranges) for name, parameter, ranges in shard_ranges(self.model, shard)
+        key = (shard.layers, shard.tensor, shard.rank, shard.first, shard.last)
+        if key not in self._owned:
+            runs = self._runs_of(shard.tensor, shard.rank)
+            parts = [self._end_cells[0]] if shard.first else []
+            parts += [self._cells_at(layer) for layer in range(*shard.layers)]
+            parts += [self._end_cells[1]] if shard.last else []
+            self._owned[key] = {cell: runs[name] for part in parts for cell, name in part}
+        return self._owned[key]
+
+    def _runs_of(self, tensor: int, rank: int) -> dict[str, list[Interval]]:
+        """The ranges of each row of the parameter table that a rank owns, the same in every layer."""
+        if (tensor, rank) not in self._runs:
+            self._runs[tensor, rank] = {
+                parameter.name: merged(parameter_slices(self.model, parameter, tensor=tensor, rank=rank))
+                for parameter in self.model.parameters
             }
-        return self._owned[shard]
+        return self._runs[tensor, rank]
+
+    def _cells_at(self, layer: int) -> list[tuple[Cell, str]]:
+        """The cells of a layer, each with the table's name for it."""
+        if layer not in self._layer_cells:
+            shard = Shard(layers=(layer, layer + 1), tensor=1, rank=0, first=False, last=False)
+            self._layer_cells[layer] = self._named(shard)
+        return self._layer_cells[layer]
+
+    @cached_property
+    def _end_cells(self) -> tuple[list[tuple[Cell, str]], list[tuple[Cell, str]]]:
+        """The cells before the first and behind the last layer."""
+        ends = (Shard(layers=(0, 0), tensor=1, rank=0, first=first, last=not first) for first in (True, False))
+        first, last = (self._named(shard) for shard in ends)
+        return first, last
+
+    def _named(self, shard: Shard) -> list[tuple[Cell, str]]:
+        return [((name, one.dim), one.name) for name, one in concrete_parameters(self.model, shard)]
+
+    @cached_property
+    def table(self) -> dict[str, Parameter]:
+        """The row of every parameter, under the name that it has in its layer."""
+        whole = stage_shard(self.model, layers=(0, self.model.num_layers), tensor=1, rank=0)
+        return dict(concrete_parameters(self.model, whole))
+
+    @cached_property
+    def _extents(self) -> dict[Cell, int]:
+        return {(name, one.dim): one.shape[one.dim] for name, one in self.table.items()}
+
+    def in_table(self, slices: tuple[Slice, ...]) -> bool:
+        """Whether the parameter table has all of a step's slices."""
+        cells = self.cells_of(slices)
+        if id(cells) not in self._in_table:
+            self._in_table[id(cells)] = all(self.has_run(cell, run) for cell, runs in cells.items() for run in runs)
+        return self._in_table[id(cells)]
+
+    def has_run(self, cell: Cell, run: Interval) -> bool:
+        """Whether the parameter table has a run."""
+        return 0 <= run[0] < run[1] <= self._extents.get(cell, 0)
 
     def pool_bytes(self, replica: Replica, seat: Seat) -> int:
         """Bytes of a position's KV pool."""
@@ -224,33 +322,60 @@ class Facts:
 
     def token_bytes(self, layers: Interval, heads: Interval) -> int:
         """Bytes of the keys and values of one token in a rectangle."""
-        return 2 * (layers[1] - layers[0]) * (heads[1] - heads[0]) * self.model.head_dim * self.model.element_bytes
+        return (layers[1] - layers[0]) * (heads[1] - heads[0]) * self._head_bytes
+
+    @cached_property
+    def _head_bytes(self) -> int:
+        """Bytes of a token's key and value at one layer and kv head."""
+        return 2 * self.model.head_dim * self.model.element_bytes
 
     def cells_of(self, slices: tuple[Slice, ...]) -> Cells:
-        """The runs of a step's slices. They are those of one plan, which holds the very tuple, so its id names it."""
+        """The runs of a step's slices; steps with the very same slices, as a planner writes them, have one value."""
         if id(slices) not in self._cells_of:
-            self._cells_of[id(slices)] = {}
-            add(self._cells_of[id(slices)], slices)
+            pieces = tuple(map(id, slices))
+            if pieces in self._cells_of_pieces:
+                self._cells_of[id(slices)] = self._cells_of_pieces[pieces]
+                return self._cells_of[id(slices)]
+            cells: Cells = {}
+            for piece in slices:
+                cell, run = (piece.parameter, piece.dim), (piece.start, piece.stop)
+                if cell in cells:
+                    cells[cell].append(run)
+                else:
+                    cells[cell] = [run]
+            self._cells_of[id(slices)] = self._cells_of_pieces[pieces] = cells
         return self._cells_of[id(slices)]
 
-    def slice_bytes(self, slices: Iterable[Slice]) -> int:
-        """Bytes of some slices. Raises KeyError for a parameter that the table does not have."""
-        total = 0
-        for piece in slices:
-            total += (piece.stop - piece.start) * self._row(piece.parameter)
-        return total
+    def unheld(self, slices: tuple[Slice, ...], gpu: GpuId) -> Cells:
+        """What of a step's slices a GPU does not hold from the start."""
+        return self._pair(self._unheld, without, self.cells_of(slices), self.held.get(gpu, NOTHING))
 
-    def _row(self, name: str) -> int:
-        """Bytes of one index of a parameter's split dimension."""
-        if name not in self._row_bytes:
-            self._row_bytes[name] = row_bytes(self.model, parameter_of(self.model, name))
-        return self._row_bytes[name]
+    def needed_of(self, slices: tuple[Slice, ...], seat: Seat) -> Cells:
+        """What of a step's slices a position needs."""
+        return self._pair(self._needed, common, self.cells_of(slices), self.needs(seat))
+
+    def _pair(self, known: Pairs, make: Callable[[Cells, Cells], Cells], left: Cells, right: Cells) -> Cells:
+        """What two cells of these facts make, once for all steps and GPUs that have the same."""
+        key = id(left), id(right)
+        if key not in known:
+            known[key] = make(left, right)
+        return known[key]
+
+    def slice_bytes(self, slices: tuple[Slice, ...]) -> int:
+        """Bytes of a step's slices. Raises KeyError for a parameter that the table does not have."""
+        return self.cells_bytes(self.cells_of(slices))
 
     def cells_bytes(self, cells: Cells) -> int:
-        """Bytes of disjoint runs."""
-        return sum(
-            self._row(name) * sum(stop - start for start, stop in runs) for (name, _), runs in cells.items() if runs
-        )
+        """Bytes of the runs of these facts' cells. Raises KeyError for a parameter that the table does not have."""
+        if id(cells) not in self._bytes_of:
+            total, rows = 0, self._row_bytes
+            for (name, _), runs in cells.items():
+                if name not in rows:
+                    rows[name] = row_bytes(self.model, self.table[name])
+                for start, stop in runs:
+                    total += (stop - start) * rows[name]
+            self._bytes_of[id(cells)] = total
+        return self._bytes_of[id(cells)]
 
     def moving_tokens(self, replica: ReplicaId) -> tuple[int, int]:
         """KV tokens and choices that move away from a replica."""
@@ -281,10 +406,15 @@ class Facts:
                 for name in step.depends_on:
                     if name in result:
                         reach |= bits[name] | result[name]
-                if len(bits) == len(self.plan.steps):  # No id is there twice, so that a name means one step.
+                if self.has_unique_ids:
                     known[step.depends_on] = reach
             result[step.id] = reach
         return result
+
+    @cached_property
+    def has_unique_ids(self) -> bool:
+        """Whether a name in `depends_on` means one step."""
+        return len(self._bits) == len(self.plan.steps)
 
     @cached_property
     def _bits(self) -> dict[StepId, int]:
@@ -328,57 +458,22 @@ class Facts:
         """Whether `later` depends on `earlier`, directly or not."""
         return bool(self.ancestors.get(later.id, 0) & self._bits[earlier.id])
 
-    def unawaited(self, later: Step, earlier: Sequence[Step], mask: int) -> Sequence[Step]:
-        """Those of `earlier`, whose `mask` it is, that `later` does not depend on."""
-        if not mask & ~self.ancestors.get(later.id, 0):
-            return ()
-        return [step for step in earlier if not self.follows(later, step)]
+    def unawaited(self, later: Step, earlier: Iterable[A], mask: int = -1) -> Sequence[A]:
+        """Those of `earlier` that `later` does not depend on; with their `mask`, quickly where there are none."""
+        reach, bits = self.ancestors.get(later.id, 0), self._bits
+        return [step for step in earlier if not reach & bits[step.id]] if mask & ~reach else ()
+
+    def awaited(self, later: Step, earlier: Iterable[Step]) -> list[int]:
+        """The places of those of `earlier` that `later` depends on."""
+        reach, bits = self.ancestors.get(later.id, 0), self._bits
+        return [place for place, step in enumerate(earlier) if reach & bits[step.id]]
 
     def mask(self, steps: Iterable[Step]) -> int:
         """The bit set of some steps."""
         return reduce(or_, (self._bits[step.id] for step in steps), 0)
 
 
-def add(cells: Cells, slices: Iterable[Slice]) -> None:
-    """Put slices into cells."""
-    for piece in slices:
-        cells.setdefault((piece.parameter, piece.dim), []).append((piece.start, piece.stop))
-
-
-def merged(runs: Iterable[Interval]) -> list[Interval]:
-    """Sorted disjoint runs with the same union."""
-    ordered = sorted(runs)
-    if len(ordered) < 2:
-        return ordered
-    result: list[Interval] = []
-    for start, stop in ordered:
-        if result and start <= result[-1][1]:
-            result[-1] = (result[-1][0], max(stop, result[-1][1]))
-        else:
-            result.append((start, stop))
-    return result
-
-
-def overlap(runs: Iterable[Interval]) -> Interval | None:
-    """The first place where two runs overlap, None if they are disjoint."""
-    ordered = sorted(runs)
-    if len(ordered) < 2:
-        return None
-    reach = None
-    for start, stop in ordered:
-        if reach is not None and start < reach:
-            return start, min(stop, reach)
-        reach = stop if reach is None else max(reach, stop)
-    return None
-
-
-def minus(runs: Iterable[Interval], taken: Sequence[Interval]) -> list[Interval]:
-    """What of `runs` no run of `taken` covers."""
-    left = merged(runs)
-    if len(left) == len(taken) == 1 and taken[0][0] <= left[0][0] and left[0][1] <= taken[0][1]:
-        return []
-    for low, high in taken:
-        if not left:
-            break
-        left = [part for a, b in left for part in ((a, min(b, low)), (max(a, high), b)) if part[0] < part[1]]
-    return left
+def rectangle(step: CopyKv | CopyKvDelta) -> Rectangle:
+    """What tells a KV step from others."""
+    route = step.route
+    return step.source, step.destination, route.from_replica, route.to_replica, route.layers, route.kv_heads

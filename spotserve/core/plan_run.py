@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from spotserve.core import commands as cmd
 from spotserve.core import events as ev
-from spotserve.core.admission import KV_GENERATIONS_PER_ADMISSION, by_arrival
+from spotserve.core.admission import KV_GENERATIONS_PER_ADMISSION, by_arrival, has_moved
 from spotserve.core.ids import ReplicaId, RequestId, StepId
 from spotserve.core.plan import CopyKvDelta, KvRoute, Plan, Quiesce, Step
 from spotserve.core.record import record
@@ -191,8 +191,8 @@ def _admissions_of(state: ClusterState, run: PlanRun, replica: ReplicaId) -> tup
     missing = set(run.missing)
     admissions = []
     for request in by_arrival(state.requests.values()):
-        if request.replica != replica or request.id not in {p.request for p in run.positions}:
-            continue
+        if request.replica != replica or not has_moved(state, request):
+            continue  # What was admitted here anew starts from the ledger: none of its KV is here.
         choices = tuple(p for p in run.positions if p.request == request.id and (p.request, p.choice) not in missing)
         admissions.append(cmd.Admission(request=request.id, kv_generation=request.kv_generation, choices=choices))
     return tuple(admissions)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from spotserve.core import commands as cmd
 from spotserve.core import events as ev
 from spotserve.core.admission import by_arrival
-from spotserve.core.ids import RequestId
+from spotserve.core.ids import RequestId, entry_of
 from spotserve.core.plan import Plan, Trigger
 from spotserve.core.plan_run import begin, retry_at_s
 from spotserve.core.snapshot import ChoiceProgress, RequestProgress, Snapshot
@@ -19,6 +19,8 @@ PATIENT_RETRIES = 3
 
 def make_plan(before: ClusterState, state: ClusterState, event: ev.Event) -> Iterator[cmd.Command]:
     """Snapshot, solve, begin; whatever is older than the membership starts over."""
+    if _is_answered(before, event):
+        return
     if isinstance(event, ev.SnapshotTaken) and state.planning is not None and state.planning.phase == "snapshot":
         yield from _solve(state, event)
     elif isinstance(event, ev.PlanReady) and _is_awaited(state, event.plan):
@@ -31,6 +33,13 @@ def make_plan(before: ClusterState, state: ClusterState, event: ev.Event) -> Ite
     is_due = isinstance(event, ev.TimerFired) and event.timer == "replan" and before.retry_at_s is not None
     if is_due and state.trigger is None and state.planning is None and state.run is None:
         yield from _start_planning(state, "joined")
+
+
+def _is_answered(before: ClusterState, event: ev.Event) -> bool:
+    """Whether a planning command has its answer already: the same one again may be of a world that is no more."""
+    if not isinstance(event, ev.SnapshotTaken | ev.PlanReady | ev.PlanFailed):
+        return False
+    return entry_of(event.command) <= before.answered
 
 
 def _is_awaited(state: ClusterState, plan: Plan) -> bool:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 
 from spotserve.core.cost import prefill_ms, sequence_blocks
-from spotserve.core.ids import ReplicaId, instance_of
+from spotserve.core.ids import ReplicaId, instance_of, natural_key
 from spotserve.core.plan import PlanningProblem, RequestAction, Route
 from spotserve.core.slices import kv_token_bytes
 from spotserve.core.snapshot import Replica, RequestProgress
@@ -16,7 +16,7 @@ from spotserve.solvers.gpu_kinds import replica_decode_ms
 from spotserve.solvers.ladder import Item, LadderProblem, Resource, Weights
 from spotserve.solvers.migrate.kv import KvTransfer
 from spotserve.solvers.migrate.sources import Transfer
-from spotserve.solvers.view import View, kv_tokens, natural_key, requests_of
+from spotserve.solvers.view import View, kv_tokens, requests_of
 
 ATTENTION_SHARE = 12
 """Attention's part of a prefill of n tokens is n / (12 hidden): 2 n^2 h of 24 n h^2 operations a layer, causal."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from spotserve.core.ids import GpuId, ReplicaId
+from spotserve.core.ids import GpuId, ReplicaId, natural_key
 from spotserve.core.plan import Mode, PlanningProblem, RequestAction, Route
 from spotserve.core.slices import Shard, kv_block_bytes, kv_token_bytes
-from spotserve.core.snapshot import Replica
+from spotserve.core.snapshot import Replica, Stage
 from spotserve.solvers.migrate.kv import KvTransfer
 from spotserve.solvers.migrate.sources import Transfer
 from spotserve.solvers.ranges import Catalog, Ranges, Rectangle, shard_at
-from spotserve.solvers.view import View, kv_tokens, natural_key, requests_of
+from spotserve.solvers.view import View, kv_tokens, requests_of
 
 GROWTH_BLOCKS = 3
 """KV blocks that a choice may begin or go on filling between a snapshot and the stop."""
@@ -69,6 +69,25 @@ class Draft:
         )
         block = kv_token_bytes(self.problem.spec.model, layers=rectangle[0], heads=rectangle[1])
         return choices * self.problem.spec.limits.kv_block_tokens * block
+
+
+def new_replicas(
+    epoch: int, layers: Sequence[Sequence[tuple[int, int]]], gpus: Sequence[Sequence[GpuId]]
+) -> tuple[Replica, ...]:
+    """New replicas by the layers of their stages and their GPUs in mesh rank order; their KV pools are sized later.
+
+    An id carries the epoch, so none is ever used twice.
+    """
+    replicas = []
+    for number, (runs, ranks) in enumerate(zip(layers, gpus, strict=True)):
+        tensor = len(ranks) // len(runs)
+        stages = tuple(
+            Stage(layers=run, gpus=tuple(ranks[stage * tensor : (stage + 1) * tensor]))
+            for stage, run in enumerate(runs)
+        )
+        name = ReplicaId(f"r{epoch}" if len(layers) == 1 else f"r{epoch}.{number + 1}")
+        replicas.append(Replica(id=name, generation=epoch, max_running=1, kv_blocks=0, stages=stages))
+    return tuple(replicas)
 
 
 def pool_bytes(catalog: Catalog, problem: PlanningProblem, replica: Replica, gpu: GpuId) -> int:

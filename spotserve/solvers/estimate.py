@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from spotserve.core.cost import Workload
 from spotserve.core.ids import StepId
-from spotserve.core.plan import Estimates, PlanningProblem, Quiesce, Step
+from spotserve.core.plan import PREPARING_KINDS, Estimates, PlanningProblem, Quiesce, Step
 from spotserve.solvers.steps import busiest_port_s
 
 
@@ -29,8 +29,11 @@ def workload_of(problem: PlanningProblem) -> Workload:
 def finish_times(steps: Iterable[Step]) -> dict[StepId, float]:
     """When each step ends if every step starts as soon as all it depends on are done."""
     finish: dict[StepId, float] = {}
+    begins: dict[tuple[StepId, ...], float] = {}
     for step in steps:
-        begin = max((finish[before] for before in step.depends_on), default=0.0)
+        begin = begins.get(step.depends_on)
+        if begin is None:  # Many steps wait for the same ones.
+            begin = begins[step.depends_on] = max((finish[before] for before in step.depends_on), default=0.0)
         if isinstance(step, Quiesce):
             begin = max(begin, step.not_before_s)
         finish[step.id] = begin + step.estimated_s
@@ -43,7 +46,7 @@ def estimate(steps: tuple[Step, ...], remaining_s: float | None, *, link_bytes_p
         return Estimates(slack_s=remaining_s)
     finish = finish_times(steps)
     begin = {step.id: finish[step.id] - step.estimated_s for step in steps}
-    copies = [step for step in steps if step.kind in ("copy_weights", "load_weights", "copy_kv")]
+    copies = [step for step in steps if step.kind in PREPARING_KINDS]
     path_s = max((finish[s.id] for s in copies), default=0.0) - min((begin[s.id] for s in copies), default=0.0)
     copy_s = max(path_s, busiest_port_s(copies, link_bytes_per_s=link_bytes_per_s))
     stops = [begin[step.id] for step in steps if step.kind == "quiesce"]

@@ -19,18 +19,17 @@ from spotserve.core.cost import (
     replica_shards,
     running_bound,
 )
-from spotserve.core.ids import GpuId, ReplicaId
-from spotserve.core.plan import Route, SolverReport
+from spotserve.core.ids import GpuId, ReplicaId, natural_key
+from spotserve.core.plan import Mode, Route, SolverReport
 from spotserve.core.slices import Shard, kv_block_bytes, layer_split
-from spotserve.core.snapshot import Replica, Stage
-from spotserve.solvers.draft import Draft, complete_routes, inherited_pool, pool_bytes, route_requests
+from spotserve.core.snapshot import Replica
+from spotserve.solvers.draft import Draft, complete_routes, inherited_pool, new_replicas, pool_bytes, route_requests
 from spotserve.solvers.facts import Facts
 from spotserve.solvers.mixed_layout import place_by_type
-from spotserve.solvers.place import DEFAULT_BUDGET, Contents, PlacementProblem, place
+from spotserve.solvers.place import Contents, PlacementProblem, place
 from spotserve.solvers.place.contents import Carried, gather_contents
 from spotserve.solvers.place.problem import Flags, product
 from spotserve.solvers.ranges import Rectangle, shard_at, without
-from spotserve.solvers.view import natural_key
 
 RoomRule = Callable[[GpuId, Shard], int]
 """Bytes that a KV pool of a position may take on a GPU."""
@@ -38,47 +37,49 @@ RoomRule = Callable[[GpuId, Shard], int]
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The target layout and who inherits whom."""
+    """The target layout and who inherits whom; `report` is that of its placement, if anything was placed."""
 
     untouched: tuple[Replica, ...]
     fresh: tuple[Replica, ...]
     affected: tuple[Replica, ...]
     routes: tuple[Route, ...]
+    report: SolverReport | None = None
 
 
 @dataclass(slots=True)
 class LayoutBuilder:
-    """Builds layouts from the facts; `report` is the last placement's.
-
-    `place_budget` is the deterministic time that placing may take beyond its polynomial path.
-    """
+    """Builds layouts from the facts; `free` is the memory of GPUs that was already added up."""
 
     facts: Facts
-    place_budget: float = DEFAULT_BUDGET
-    report: SolverReport | None = None
     free: dict[GpuId, int] = field(default_factory=dict)
 
     def lay_out(
-        self, shape: tuple[int, int], num_fresh: int, untouched: tuple[Replica, ...], *, mode: str
+        self, shape: tuple[int, int], num_fresh: int, untouched: tuple[Replica, ...], *, mode: Mode
     ) -> Layout | None:
         """GPUs, KV pools and routes of the target; None if a live KV pool would be too small."""
         affected = self.facts.affected(untouched)
         heirs = route_requests(self.facts.problem, self.facts.view, affected, num_fresh)
-        fresh = self._place(shape, num_fresh, untouched, affected, heirs, live=mode == "live")
-        return self._routed(fresh, untouched, affected, heirs, mode=mode)
+        problem = self._placement_problem(shape, num_fresh, untouched, affected, heirs, live=mode == "live")
+        solver = self.facts.solvers["place"]
+        result = place(problem, solver)
+        assert result.answer is not None, "there are as many GPUs as positions"
+        seats, gpus = shape[0] * shape[1], result.answer.gpus
+        fresh = new_replicas(
+            self.facts.problem.epoch_to,
+            [layer_split(self.facts.model.num_layers, shape[0])] * num_fresh,
+            [gpus[number * seats : (number + 1) * seats] for number in range(num_fresh)],
+        )
+        return self._routed(fresh, untouched, affected, heirs, result.report(solver), mode=mode)
 
     def lay_out_by_type(
-        self, shapes: Sequence[PipelineShape], untouched: tuple[Replica, ...], *, mode: str
+        self, shapes: Sequence[PipelineShape], untouched: tuple[Replica, ...], *, mode: Mode
     ) -> Layout | None:
         """The same for new replicas of several shapes, each stage on GPUs of the type that its shape names."""
         affected = self.facts.affected(untouched)
         heirs = route_requests(self.facts.problem, self.facts.view, affected, len(shapes))
-        used = {gpu for replica in untouched for gpu in replica.gpus}
-        gpus = tuple(gpu for gpu in self.facts.view.staying if gpu not in used)
-        result = place_by_type(self.facts, shapes, gpus=gpus, types=self.facts.types, heirs=heirs)
-        self.report = result.report("by_type")
+        result = place_by_type(self.facts, shapes, gpus=self.facts.idle(untouched), heirs=heirs)
         assert result.answer is not None, "a mix takes no more GPUs of a type than there are"
-        return self._routed(result.answer, untouched, affected, heirs, mode=mode)
+        return self._routed(result.answer, untouched, affected, heirs, result.report("by_type"), mode=mode)
 
     def _routed(
         self,
@@ -86,8 +87,9 @@ class LayoutBuilder:
         untouched: tuple[Replica, ...],
         affected: tuple[Replica, ...],
         heirs: Mapping[ReplicaId, int],
+        report: SolverReport,
         *,
-        mode: str,
+        mode: Mode,
     ) -> Layout | None:
         """The layout of placed replicas: their KV pools, and who inherits whom."""
         sized = tuple(self._sized_live(r) if mode == "live" else self.sized(r, room=None) for r in fresh)
@@ -95,9 +97,10 @@ class LayoutBuilder:
             return None
         names = {old: sized[number].id for old, number in heirs.items()}
         target = tuple(sorted((*untouched, *sized), key=lambda r: natural_key(r.id)))
-        return Layout(untouched, sized, affected, complete_routes(self.facts.problem, affected, names, target))
+        routes = complete_routes(self.facts.problem, affected, names, target)
+        return Layout(untouched, sized, affected, routes, report)
 
-    def _place(
+    def _placement_problem(
         self,
         shape: tuple[int, int],
         num_fresh: int,
@@ -106,33 +109,10 @@ class LayoutBuilder:
         heirs: Mapping[ReplicaId, int],
         *,
         live: bool,
-    ) -> tuple[Replica, ...]:
-        """New replicas on the best GPUs that no untouched replica uses."""
-        used = {gpu for replica in untouched for gpu in replica.gpus}
-        gpus = tuple(gpu for gpu in self.facts.view.staying if gpu not in used)
-        shards = replica_shards(self.facts.model, pipeline=shape[0], tensor=shape[1])
-        problem = self._placement_problem(gpus, shape, shards, num_fresh, affected, heirs, live=live)
-        result = place(problem, self.facts.solvers["place"], budget=self.place_budget)
-        self.report = result.report(self.facts.solvers["place"])
-        assert result.answer is not None, "there are as many GPUs as positions"
-        placed = result.answer.gpus
-        return tuple(
-            self._replica(number, num_fresh, shape, placed[number * len(shards) : (number + 1) * len(shards)])
-            for number in range(num_fresh)
-        )
-
-    def _placement_problem(
-        self,
-        gpus: tuple[GpuId, ...],
-        shape: tuple[int, int],
-        shards: tuple[Shard, ...],
-        num_fresh: int,
-        affected: tuple[Replica, ...],
-        heirs: Mapping[ReplicaId, int],
-        *,
-        live: bool,
     ) -> PlacementProblem:
-        """What the GPUs that may be placed, and those that only send, hold and what each position needs."""
+        """What the GPUs that no untouched replica uses, and those that only send, hold, and what positions need."""
+        gpus = self.facts.idle(untouched)
+        shards = replica_shards(self.facts.model, pipeline=shape[0], tensor=shape[1])
         placed = set(gpus)
         senders = tuple(gpu for gpu in self.facts.view.memory if gpu not in placed)
         carried = [
@@ -276,13 +256,3 @@ class LayoutBuilder:
         """The replica with a KV pool of so many blocks."""
         bound = running_bound(self.facts.spec.limits, kv_blocks)
         return replica.model_copy(update={"kv_blocks": kv_blocks, "max_running": bound})
-
-    def _replica(self, number: int, count: int, shape: tuple[int, int], gpus: tuple[GpuId, ...]) -> Replica:
-        """A new replica; its id carries the epoch, so no id is ever used twice."""
-        epoch = self.facts.problem.epoch_to
-        name = f"r{epoch}" if count == 1 else f"r{epoch}.{number + 1}"
-        stages = tuple(
-            Stage(layers=layers, gpus=gpus[stage * shape[1] : (stage + 1) * shape[1]])
-            for stage, layers in enumerate(layer_split(self.facts.model.num_layers, shape[0]))
-        )
-        return Replica(id=ReplicaId(name), generation=epoch, max_running=1, kv_blocks=0, stages=stages)

@@ -1,6 +1,6 @@
 """The planner as a process of its own: OR-Tools' graph solvers hold the GIL, and no solver may block a heartbeat.
 
-JSON lines in and out (`solvers/planner.py` is the other end). A planner that dies is started again for the next
+JSON lines in and out (`planner_server` is the other end). A planner that dies is started again for the next
 problem; one that does not answer in time is killed. No ortools here.
 """
 
@@ -60,7 +60,7 @@ class PlannerProcess:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "spotserve.solvers.planner",
+            "spotserve.solvers.planner_server",
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env=environment,

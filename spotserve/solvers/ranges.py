@@ -37,6 +37,7 @@ class Catalog:
     _bytes: dict[Shard, int] = field(default_factory=dict)
     _slices: dict[tuple[str, int, int], Slice] = field(default_factory=dict)
     _layer_overlap: dict[tuple[int, int, int, int, str], int] = field(default_factory=dict)
+    _kv_heads: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
 
     def owned(self, shard: Shard) -> Ranges:
         """The ranges of a shard."""
@@ -82,7 +83,12 @@ class Catalog:
 
     def bytes(self, ranges: Ranges) -> int:
         """Bytes of some ranges."""
-        return sum(self.row(name) * sum(stop - start for start, stop in runs) for name, runs in ranges.items())
+        total = 0
+        for name, runs in ranges.items():
+            row, _ = self._rows.get(name) or self._row(name)
+            for start, stop in runs:
+                total += (stop - start) * row
+        return total
 
     def slices(self, ranges: Ranges) -> tuple[Slice, ...]:
         """Ranges as slices of a plan, in the order of the mapping."""
@@ -127,7 +133,10 @@ class Catalog:
 
     def kv_rectangle(self, shard: Shard) -> Rectangle:
         """Layers x kv heads that a position stores."""
-        return shard.layers, kv_head_range(self.model, tensor=shard.tensor, rank=shard.rank)
+        key = shard.tensor, shard.rank
+        if key not in self._kv_heads:
+            self._kv_heads[key] = kv_head_range(self.model, tensor=shard.tensor, rank=shard.rank)
+        return shard.layers, self._kv_heads[key]
 
 
 def shard_at(model: ModelSpec, replica: Replica, index: int) -> Shard:

@@ -39,7 +39,7 @@ from spotserve.solvers.layer_order import Gone, gone_weights
 from spotserve.solvers.migrate.kv import KvTransfer
 from spotserve.solvers.migrate.pieces import Part, front_first
 from spotserve.solvers.migrate.sources import Transfer
-from spotserve.solvers.ranges import Catalog, Ranges, Rectangle, join, shard_at
+from spotserve.solvers.ranges import Catalog, Ranges, Rectangle, common, join, shard_at
 from spotserve.solvers.view import requests_of
 
 S = TypeVar("S", bound="Step")
@@ -81,12 +81,16 @@ class StepWriter:
     written: dict[int, tuple[Slice, ...]] = field(default_factory=dict)
     kept: list[Ranges] = field(default_factory=list)
     """What `written` knows by its id must stay alive."""
+    brought: dict[tuple[GpuId, str], list[tuple[Ranges, StepId]]] = field(default_factory=lambda: defaultdict(list))
+    """By GPU that passes weights on, and layer: which step brings it what."""
+    relaying: set[GpuId] = field(init=False)
 
     def __post_init__(self) -> None:
         self.seats = {gpu: replica for replica in self.draft.fresh for gpu in replica.gpus}
         self.incoming = defaultdict(int)
         for transfer in self.draft.transfers:
             self.incoming[transfer.destination] += transfer.bytes
+        self.relaying = {one.source for one in self.draft.transfers if one.is_relayed and one.source is not None}
         self.old = self.draft.old_position
         self.gone = gone_weights(self.catalog, self.draft)
 
@@ -197,7 +201,7 @@ class StepWriter:
                 waits = [self.reserved[gpu], *([before[gpu]] if gpu in before else []), *freed[gpu], *last_layer]
                 step = self._fetch(one, parts, waits)
                 this_layer.append(step)
-                if one.source is not None:
+                if one.source is not None and not one.is_relayed:
                     readers[one.source].append(step)
             if self.draft.layer_by_layer is not None:
                 last_layer = this_layer or last_layer
@@ -276,8 +280,10 @@ class StepWriter:
         return reasons.get(self.draft.problem.trigger.kind, "new_stage")
 
     def _fetch(self, transfer: Transfer, parts: Sequence[Part], depends_on: Sequence[StepId]) -> StepId:
-        """One pair's copy of some parts as one step."""
+        """One pair's copy of some parts as one step; what is passed on waits for the steps that bring it there."""
         source, destination = transfer.source, transfer.destination
+        if transfer.is_relayed and source is not None:
+            depends_on = (*depends_on, *self._bringing(source, parts))
         layers = _ranges_of(self.catalog.model, parts)
         slices = tuple(itertools.chain.from_iterable(self._slices(ranges) for ranges in layers))
         num_bytes = sum(part.bytes for part in parts)
@@ -300,7 +306,7 @@ class StepWriter:
             step = CopyWeights(
                 id=self._next(),
                 depends_on=tuple(depends_on),
-                reason="holder_doomed" if source in self.draft.view.doomed else "holder_alive",
+                reason=self._holding(transfer),
                 source=source,
                 destination=destination,
                 replica=replica,
@@ -309,7 +315,25 @@ class StepWriter:
                 estimated_s=_seconds(num_bytes / profile.link_bytes_per_s + profile.round_trip_s),
             )
         self.arrivals[destination].append(step.id)
+        if destination in self.relaying and not transfer.is_relayed:
+            for part in parts:
+                self.brought[destination, part.layer].append((part.ranges, step.id))
         return self._add(step)
+
+    def _holding(self, transfer: Transfer) -> Reason:
+        """Why a source is one."""
+        if transfer.is_relayed:
+            return "instance_fetches"
+        return "holder_doomed" if transfer.source in self.draft.view.doomed else "holder_alive"
+
+    def _bringing(self, gpu: GpuId, parts: Sequence[Part]) -> list[StepId]:
+        """The steps that bring a GPU any of the parts, in the order of the file."""
+        steps: dict[StepId, None] = {}
+        for part in parts:
+            for ranges, step in self.brought[gpu, part.layer]:
+                if step not in steps and (ranges is part.ranges or common(part.ranges, ranges)):
+                    steps[step] = None
+        return list(steps)
 
     def _new_pool_bytes(self, replica: Replica, gpu: GpuId) -> int:
         """A position's KV pool, nothing if a live plan takes over the one that is there."""
@@ -467,10 +491,11 @@ def _seconds(value: float) -> float:
 
 
 def _by_pair(layer: Sequence[tuple[Transfer, Part]]) -> list[tuple[Transfer, list[Part]]]:
-    """The parts of one layer, those of a pair together."""
-    groups: dict[tuple[GpuId, GpuId | None], tuple[Transfer, list[Part]]] = {}
+    """The parts of one layer, those of a pair together, but for what is passed on."""
+    groups: dict[tuple[GpuId, GpuId | None, bool], tuple[Transfer, list[Part]]] = {}
     for transfer, part in layer:
-        groups.setdefault((transfer.destination, transfer.source), (transfer, []))[1].append(part)
+        key = transfer.destination, transfer.source, transfer.is_relayed
+        groups.setdefault(key, (transfer, []))[1].append(part)
     return list(groups.values())
 
 

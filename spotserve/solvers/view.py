@@ -7,14 +7,10 @@ as doomed (notice) or gone (lost).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
-from spotserve.core.ids import GpuId, InstanceId, ReplicaId, instance_of
+from spotserve.core.ids import GpuId, ReplicaId, natural_key
 from spotserve.core.plan import PlanningProblem
 from spotserve.core.snapshot import InstanceView, Replica, RequestProgress
-
-OPEN_STATES = frozenset({"prefilling", "decoding", "suspended"})
-"""Request states that hold KV on a replica."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,22 +32,6 @@ class View:
     def remaining_s(self) -> float | None:
         """The shortest grace period left."""
         return min((left for left in self.doomed.values() if left is not None), default=None)
-
-
-@lru_cache(maxsize=65536)
-def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
-    """Sort key that puts i2 before i10."""
-    parts: list[tuple[int, int | str]] = []
-    digits = ""
-    for character in name + "\0":
-        if character.isdecimal() and character.isascii():
-            digits += character
-            continue
-        if digits:
-            parts.append((0, int(digits)))
-            digits = ""
-        parts.append((1, character))
-    return tuple(parts)
 
 
 def instance_state(instance: InstanceView, problem: PlanningProblem) -> str:
@@ -100,8 +80,3 @@ def requests_of(problem: PlanningProblem, replica: ReplicaId) -> tuple[RequestPr
 def kv_tokens(progress: RequestProgress) -> int:
     """Tokens of a request whose KV is in place."""
     return sum(choice.kv_tokens for choice in progress.choices)
-
-
-def instances_of(gpus: tuple[GpuId, ...]) -> tuple[InstanceId, ...]:
-    """The instances of some GPUs, each once, in order."""
-    return tuple(dict.fromkeys(instance_of(gpu) for gpu in gpus))

@@ -12,6 +12,7 @@ import pytest
 
 from spotserve.core.plan_text import certificate_text, plan_changes, plan_text
 from spotserve.core.plan_text.changes import changes_text
+from spotserve.core.plan_text.money import usd_text
 from spotserve.core.plan_text.schedule import critical_path, port_spans
 from spotserve.core.plan_text.table import count_text, runs_text, size_text
 from spotserve.core.plan_text.transfers import links, ports
@@ -91,6 +92,21 @@ def test_bound_of_a_placement_says_what_it_holds_for() -> None:
     assert certificate_text(plan, "place").endswith(": no placement is faster")
 
 
+@pytest.mark.parametrize(
+    ("measure", "words"),
+    [
+        ("latency_us", "least request latency"),
+        ("execution_us", "least execution time"),
+        ("throughput_urps", "most thro"),
+    ],
+)
+def test_what_algorithm_1_measures_has_words(measure: str, words: str) -> None:
+    """Tests that the paper's choice is told in words, whatever it went by."""
+    plan = plan_json("notice")
+    plan["solver"]["configure"]["certificate"] |= {"kind": "algorithm_1", "measure": measure}
+    assert certificate_text(plan, "configure").startswith(f"by Algorithm 1 of the paper, {words}")
+
+
 @pytest.mark.parametrize("certificate", [{"kind": "oracle", "b": 2, "a": 1}, {"kind": "in_port"}])
 def test_unknown_certificate_is_printed(certificate: dict[str, Any]) -> None:
     """Tests that a certificate of an unknown kind, or one that lacks what its kind has, is printed as it is."""
@@ -98,6 +114,37 @@ def test_unknown_certificate_is_printed(certificate: dict[str, Any]) -> None:
     plan["solver"]["migrate"]["certificate"] = certificate
     pairs = ", ".join(f"{key}={value}" for key, value in sorted(certificate.items()))
     assert certificate_text(plan, "migrate") == f"certificate: {pairs}"
+
+
+def test_money_is_shown_where_it_is_known() -> None:
+    """Tests that a page and a difference say what a plan costs, and that a plan without prices has no such line."""
+    plan, dearer = plan_json("opt-6.7b-t4"), plan_json("opt-6.7b-t4")
+    figures = {"before_usd_per_h": 5.7138, "after_usd_per_h": 3.8092, "stall_usd": 0.000065}
+    tokens = {"before_usd_per_million_tokens": 10.712, "after_usd_per_million_tokens": None}
+    plan["cost"], dearer["cost"] = {**figures, **tokens}, {**figures, **tokens, "after_usd_per_h": 4.0}
+    expected = "\ncost $5.71 -> $3.81 an hour  $10.71 -> none per million tokens  stall $0.000065\n"
+    assert expected in plan_text(plan)
+    assert plan_changes(plan, dearer) == [{"path": "cost.after_usd_per_h", "before": "$3.81", "after": "$4.00"}]
+    del plan["cost"]
+    assert "\ncost " not in plan_text(plan)
+    assert {change["before"] for change in plan_changes(plan, dearer)} == {None}
+    assert {str(change["path"]).split(".")[0] for change in plan_changes(plan, dearer)} == {"cost"}
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0.0, "$0.00"),
+        (0.000441, "$0.000441"),
+        (0.4567, "$0.457"),
+        (1.0, "$1.00"),
+        (12345.678, "$12345.68"),
+        (3e9, "$3e+09"),
+    ],
+)
+def test_dollars(value: float, expected: str) -> None:
+    """Tests that small sums keep their digits and large ones end."""
+    assert usd_text(value) == expected
 
 
 def test_links_and_ports_have_all_bytes() -> None:
@@ -161,8 +208,8 @@ def test_terminal_cannot_be_steered() -> None:
 def test_long_tables_say_what_they_leave_out() -> None:
     """Tests that tables end after the given number of rows with a count of the rest."""
     text = plan_text(plan_json("opt-6.7b-t4"), most_rows=3)
-    assert "… and 37 more steps" in text
-    assert "… and 5 more steps" in text
+    assert "… and 40 more steps" in text
+    assert "… and 6 more steps" in text
     assert "more step" not in plan_text(plan_json("opt-6.7b-t4"), most_rows=1000)
 
 

@@ -180,7 +180,8 @@ def makespan_of(problem: PlacementProblem, gpus: Sequence[GpuId]) -> int:
                 holders = frozenset(instance[row] for row in rows)
                 if holders and here not in holders:
                     size = int(contents.kv_token_bytes[piece] * contents.kv_tokens[old])
-                    fetched[here, (int(old), int(piece))] = size, holders
+                    # Every GPU gets its KV from a holder itself.
+                    fetched[here, (position, int(old), int(piece))] = size, holders
     received: dict[str, int] = {}
     for (here, _), (size, _) in fetched.items():
         received[here] = received.get(here, 0) + size

@@ -13,6 +13,7 @@ import pytest
 from spotserve.core.cost import (
     Degrees,
     Workload,
+    execution_ms,
     least_kv_blocks,
     most_kv_blocks,
     replica_shards,
@@ -25,7 +26,8 @@ from spotserve.core.snapshot import Replica
 from spotserve.core.spec import LatencyPoint, ServingSpec
 from spotserve.solvers.configure import CHOOSERS, Goal, Table, configure, goals_for, tabulate
 from spotserve.solvers.configure.candidates import COLUMNS, UNSERVED_US, Candidate, as_table
-from spotserve.solvers.configure.choice import MAX_SUM, choose_by_cpsat, choose_by_enumeration, require_exact
+from spotserve.solvers.configure.choice import choose_by_cpsat, choose_by_enumeration
+from spotserve.solvers.cp_sat import MAX_SUM, require_exact
 from tests.planning_worlds import KIB, MIB, replica, tiny_model, tiny_spec
 
 WORKLOAD = Workload(prompt_tokens=64, output_tokens=32, load_rps=0.0)
@@ -102,9 +104,10 @@ def by_loop(spec: ServingSpec, memory: list[int], workload: Workload, intact: tu
                         tensor=tensor,
                         max_running=most,
                         gpus=degrees.gpus,
-                        cost_micro=degrees.gpus * round(spec.profile.price_per_hour * 1e6),
+                        cost_micro=degrees.gpus * round(spec.profile.compared_price_of("") * 1e6),
                         unserved=int(latency is None),
                         latency_us=UNSERVED_US if latency is None else round(latency * 1000),
+                        execution_us=round(execution_ms(spec, degrees, workload, running=batch) * 1000),
                         throughput_urps=round(throughput_rps(spec, degrees, workload) * 1e6),
                         disturbed=sum(len(one.gpus) for one in intact) - min(data, len(same)) * len(shards),
                         reshaped=int(bool(shapes) and (pipeline, tensor) not in shapes),
@@ -154,7 +157,7 @@ def test_one_cost_changes_the_choice(choose: object) -> None:
     """Tests that the price of one row decides among rows that are about as fast, and only among these."""
     assert callable(choose)
     rows = [
-        Candidate(1, 1, number, 4, number, cost, 0, latency, 10**6, 0, 0, 1)
+        Candidate(1, 1, number, 4, number, cost, 0, latency, latency, 10**6, 0, 0, 1)
         for number, (cost, latency) in enumerate([(50, 1000), (40, 1049), (30, 1051)], start=1)
     ]
     goals = goals_for(as_table(rows), load_known=True)

@@ -332,7 +332,7 @@ def test_what_a_gpu_holds_is_not_fetched_unless_it_goes() -> None:
     demands = [Demand(first, 0, {name: [(0, 128)]})]
     lacking = cut_pieces(Catalog(tiny_model()), demands, held, [first, second])
     assert [((second,), {name: [(64, 128)]})] == [(one.holders, one.parts[0].ranges) for one in lacking]
-    everything = cut_pieces(Catalog(tiny_model()), demands, held, [first, second], nothing_held=True)
+    everything = cut_pieces(Catalog(tiny_model()), demands, held, [first, second], freed=frozenset({first}))
     assert [(0, 64), (64, 128)] == sorted(run for one in everything for run in one.parts[0].ranges[name])
     assert all(first not in one.holders for one in everything)
     # A GPU that may send nothing still keeps what it has.

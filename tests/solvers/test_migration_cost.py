@@ -52,7 +52,7 @@ def test_the_expected_quiet_time_decides(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def candidate(latency_us: int, throughput_urps: int, *, unserved: int = 0) -> Candidate:
     """A row of which only latency and throughput matter."""
-    return Candidate(1, 2, 1, 4, 2, 2, unserved, latency_us, throughput_urps, 0, 0, 1)
+    return Candidate(1, 2, 1, 4, 2, 2, unserved, latency_us, latency_us, throughput_urps, 0, 0, 1)
 
 
 def test_cost_is_counted_in_request_seconds() -> None:

@@ -72,6 +72,25 @@ def test_equals_trying_everything_with_groups(rng: random.Random, case: int) -> 
     assert ("optimal", least_by_trying(world)) == (result.status, result.objective)
 
 
+@pytest.mark.parametrize("case", range(4))
+def test_kv_that_ranks_share_comes_to_each(rng: random.Random, case: int) -> None:
+    """Tests the same where both ranks of a stage need all of its KV: not passed on, it passes the port twice."""
+    world = reshaped(
+        (2, 2, 1),
+        (1, 2, 2),
+        layers=4,
+        positions=[*rng.sample(range(4), 4), None, None],
+        instances=[0, 0, 1, 1, 2, 2],
+        granule_bytes=1,
+        kv_tokens=[rng.randrange(3, 9), rng.randrange(3, 9)],
+    )
+    alike = world.contents.kv_needed.reshape(2, 2, -1).any(axis=1).repeat(2, axis=0)
+    assert alike.sum() == 2 * world.contents.kv_needed.sum()
+    world = replace(world, contents=replace(world.contents, kv_needed=alike))
+    result = place(world, "makespan")
+    assert ("optimal", least_by_trying(world)) == (result.status, result.objective)
+
+
 def test_repair_empties_an_instance_of_a_stage() -> None:
     """Tests that a blank instance with two stages of two replicas each ends with one stage, fetched once for all four.
 

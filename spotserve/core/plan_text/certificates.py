@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from textwrap import wrap
 
+from spotserve.core.plan_text.money import usd_text
 from spotserve.core.plan_text.table import Json, count_text, seconds_text, size_text
 
 MEASURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "latency_us": ("least request latency", lambda value: seconds_text(value / 1e6)),
+    "execution_us": ("least execution time", lambda value: seconds_text(value / 1e6)),
     "throughput_urps": ("most throughput", lambda value: f"{value / 1e6:.3g} requests/s"),
     "latency_ms": ("least request latency", lambda value: seconds_text(value / 1e3)),
     "throughput_rps": ("most throughput", lambda value: f"{value:.3g} requests/s"),
@@ -163,9 +165,10 @@ def _template_columns(plan: Json, kind: str, certificate: Json) -> str:
     measure, unit = MEASURES[certificate["measure"]]
     value = unit(plan["solver"][kind]["objective"])
     replicas, gpus = count_text(certificate["replicas"], "replica"), count_text(certificate["gpus"], "GPU")
-    price = f"{certificate['cost_micro'] / 1e6:g} an hour"
+    # Where prices are not known the solver counts GPUs instead.
+    price = f" for {usd_text(certificate['cost_micro'] / 1e6)} an hour" if plan.get("cost") else ""
     mix = f"{certificate['mix']} (tensor degree x [type:layers of each stage])"
-    return f"{replicas} on {gpus} for {price}: {measure} ({value}) of all mixes; {mix}{_reservations(certificate)}"
+    return f"{replicas} on {gpus}{price}: {measure} ({value}) of all mixes; {mix}{_reservations(certificate)}"
 
 
 def _algorithm_1(plan: Json, kind: str, certificate: Json) -> str:

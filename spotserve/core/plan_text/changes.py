@@ -6,8 +6,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
-from spotserve.core.plan_text.schedule import COPIES
-from spotserve.core.plan_text.table import Json, instance_of, natural, printable, runs_text, seconds_text, size_text
+from spotserve.core.ids import instance_of, natural_key
+from spotserve.core.plan import COPY_KINDS
+from spotserve.core.plan_text.money import usd_text
+from spotserve.core.plan_text.table import Json, printable, runs_text, seconds_text, size_text
 from spotserve.core.plan_text.transfers import STORAGE
 
 SECTIONS = {
@@ -15,6 +17,7 @@ SECTIONS = {
     "inputs": "what they were made for",
     "outcome": "outcome",
     "estimates": "times",
+    "cost": "money",
     "target": "replicas after the plan",
     "route": "routes",
     "request": "requests",
@@ -42,6 +45,8 @@ def plan_facts(plan: Json) -> dict[str, str]:
     }
     for name, value in plan["estimates"].items():
         facts[f"estimates.{name}"] = "none" if value is None else seconds_text(value)
+    for name, value in (plan.get("cost") or {}).items():
+        facts[f"cost.{name}"] = "none" if value is None else usd_text(value)
     facts |= {f"target.{replica['id']}": replica_text(replica) for replica in plan["target"]["replicas"]}
     facts |= {f"route.{route['from_replica']}": route["to_replica"] for route in plan["routes"]}
     for request in plan["requests"]:
@@ -63,8 +68,8 @@ def _link_facts(steps: Sequence[Json]) -> Iterator[tuple[str, str]]:
     """What is copied from instance to instance: steps and bytes of each kind."""
     sums: dict[tuple[str, str], dict[str, tuple[int, int]]] = defaultdict(dict)
     for step in steps:
-        if step["kind"] in COPIES:
-            ends = instance_of(step["source"]), instance_of(step["destination"])
+        if step["kind"] in COPY_KINDS:
+            ends: tuple[str, str] = instance_of(step["source"]), instance_of(step["destination"])
         elif step["kind"] == "load_weights":
             ends = STORAGE, instance_of(step["workers"][0])
         else:
@@ -87,7 +92,7 @@ def plan_changes(before: Json, after: Json) -> list[dict[str, str | None]]:
     """What differs between two plans, by section and natural order of its path; None where only one of them has it."""
     old, new = plan_facts(before), plan_facts(after)
     ranks = {name: rank for rank, name in enumerate(SECTIONS)}
-    paths = sorted({*old, *new}, key=lambda path: (ranks[path.split(".")[0]], natural(path)))
+    paths = sorted({*old, *new}, key=lambda path: (ranks[path.split(".")[0]], natural_key(path)))
     return [
         {"path": path, "before": old.get(path), "after": new.get(path)}
         for path in paths

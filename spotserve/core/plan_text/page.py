@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from spotserve.core.plan_text.certificates import decision_lines
+from spotserve.core.plan_text.money import cost_line
 from spotserve.core.plan_text.schedule import Span, critical_path, port_spans
 from spotserve.core.plan_text.table import (
     Json,
@@ -59,6 +60,8 @@ def headline(plan: Json) -> str:
         f"epoch {plan['epoch']['from']} -> {plan['epoch']['to']}  {trigger['kind']}{who}{left}",
         f"policy {plan['policy']}  mode {plan['mode']}  next rungs {' '.join(plan['fallback'])}",
     ]
+    if plan.get("cost"):
+        lines.append(cost_line(plan["cost"]))
     if not plan["steps"]:
         lines.append("nothing to do: what runs is what should run" if plan["complete"] else "nothing fits what is left")
         return "\n".join(lines)

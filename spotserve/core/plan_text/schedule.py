@@ -10,12 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
-from spotserve.core.plan_text.table import Json, instance_of
+from spotserve.core.ids import instance_of
+from spotserve.core.plan import PREPARING_KINDS
+from spotserve.core.plan_text.table import Json
 
-COPIES = ("copy_weights", "copy_kv", "copy_kv_delta")
-"""Step kinds with a source and a destination."""
-PREPARING_COPIES = ("copy_weights", "load_weights", "copy_kv")
-"""What runs while the old replica decodes."""
 NEGLIGIBLE_S = 1e-6
 
 
@@ -119,7 +117,7 @@ def critical_path(plan: Json) -> list[PathLine]:
 
 def _lines(chain: Sequence[Span], shared_s: float) -> list[PathLine]:
     """The chain, with the wait for shared ports behind the last copy that prepares."""
-    copies = [index for index, span in enumerate(chain) if span.step["kind"] in PREPARING_COPIES]
+    copies = [index for index, span in enumerate(chain) if span.step["kind"] in PREPARING_KINDS]
     behind = copies[-1] if copies else len(chain) - 1
     lines: list[PathLine] = []
     for index, span in enumerate(chain):

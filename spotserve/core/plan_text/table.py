@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from spotserve.core.ids import GpuId, InstanceId, instance_of, natural_key
+
 Json = Mapping[str, Any]
 """A plan (or a part of one) as plain JSON data, hence `Any`."""
 
@@ -79,20 +81,9 @@ def cut(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 1].rstrip() + "…"
 
 
-def natural(name: str) -> tuple[tuple[int, int, str], ...]:
-    """Sort key that puts i2 before i10."""
-    parts = re.split(r"(\d+)", name)
-    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts)
-
-
-def instance_of(gpu: str) -> str:
-    """`i3` of `i3/0`."""
-    return gpu.split("/", 1)[0]
-
-
-def by_instance(gpus: Iterable[str]) -> dict[str, list[str]]:
+def by_instance(gpus: Iterable[GpuId]) -> dict[InstanceId, list[GpuId]]:
     """GPUs of each instance, in natural order of the instances."""
-    ordered = sorted(gpus, key=natural)
+    ordered = sorted(gpus, key=natural_key)
     return {name: list(group) for name, group in groupby(ordered, key=instance_of)}
 
 

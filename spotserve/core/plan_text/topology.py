@@ -6,14 +6,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 
+from spotserve.core.ids import GpuId, InstanceId, natural_key
 from spotserve.core.plan_text.table import (
     Json,
     by_instance,
     columns,
     count_text,
     cut,
-    instance_of,
-    natural,
     runs_text,
     seconds_text,
 )
@@ -65,7 +64,7 @@ def layout_line(plan: Json, replicas: Sequence[Json]) -> str:
 def replica_table(plan: Json, replicas: Sequence[Json], *, most_rows: int) -> str:
     """One row for a stage of each replica; what changes comes first where there are too many."""
     heirs = {route["from_replica"]: route["to_replica"] for route in plan["routes"]}
-    ordered = sorted(replicas, key=lambda one: natural(one["id"]))
+    ordered = sorted(replicas, key=lambda one: natural_key(one["id"]))
     if sum(len(replica["stages"]) for replica in ordered) > most_rows:
         ordered.sort(key=lambda one: replica_change(plan, one) == "untouched")
     rows = []
@@ -118,7 +117,7 @@ def instance_table(plan: Json, *, most_rows: int) -> str:
     before, after = positions(replicas_before(plan)), positions(replicas_after(plan))
     generations = {replica["id"]: replica["generation"] for replica in replicas_before(plan)}
     rows = []
-    for instance in sorted(plan["snapshot"]["world"]["instances"], key=lambda one: natural(one["id"])):
+    for instance in sorted(plan["snapshot"]["world"]["instances"], key=lambda one: natural_key(one["id"])):
         gpus = [gpu["id"] for gpu in instance["gpus"]]
         same = all(before.get(gpu) == after.get(gpu) for gpu in gpus)
         same &= all(_generation(plan, after.get(gpu)) == generations.get(before.get(gpu, ("",))[0]) for gpu in gpus)
@@ -148,7 +147,7 @@ def _positions_text(gpus: Sequence[str], taken: Mapping[str, tuple[str, int, int
         return "-"
     names = [f"{taken[gpu][0]}:{taken[gpu][1]}" for gpu in gpus if gpu in taken]
     idling = [idle] * (len(gpus) - len(names))
-    counted = Counter([*sorted(names, key=natural), *idling])
+    counted = Counter([*sorted(names, key=natural_key), *idling])
     parts = [name if number == len(gpus) == 1 else f"{name} x{number}" for name, number in counted.items()]
     return cut(", ".join(parts), POSITIONS_WIDTH)
 
@@ -165,7 +164,7 @@ def request_lines(plan: Json) -> str:
     for request in requests:
         ends = (places.get(request["request"]) or "none", request["to_replica"] or "none")
         groups.setdefault(ends, []).append(request)
-    for ends in sorted(groups, key=lambda ends: (natural(ends[0]), natural(ends[1]))):
+    for ends in sorted(groups, key=lambda ends: (natural_key(ends[0]), natural_key(ends[1]))):
         lines.append(f"of {ends[0]} -> {ends[1]}: {actions_text(groups[ends])}")
     return "\n".join(lines)
 
@@ -176,15 +175,7 @@ def actions_text(requests: Sequence[Json]) -> str:
     return ", ".join(f"{actions.count(name)} {name}" for name in ("move", "finish", "recompute") if name in actions)
 
 
-def used_instances(plan: Json) -> list[str]:
-    """Every instance that the snapshot or the target names, in natural order."""
-    names = {instance["id"] for instance in plan["snapshot"]["world"]["instances"]}
-    replicas = [*replicas_before(plan), *replicas_after(plan)]
-    names |= {instance_of(gpu) for replica in replicas for stage in replica["stages"] for gpu in stage["gpus"]}
-    return sorted(names, key=natural)
-
-
-def gpus_of(plan: Json) -> dict[str, list[str]]:
+def gpus_of(plan: Json) -> dict[InstanceId, list[GpuId]]:
     """The GPUs of each instance of the snapshot and the target, in natural order."""
     gpus = {gpu["id"] for instance in plan["snapshot"]["world"]["instances"] for gpu in instance["gpus"]}
     replicas = [*replicas_before(plan), *replicas_after(plan)]

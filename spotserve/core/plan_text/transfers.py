@@ -6,8 +6,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from spotserve.core.plan_text.schedule import COPIES, ports_of
-from spotserve.core.plan_text.table import Json, columns, count_text, instance_of, natural, seconds_text, size_text
+from spotserve.core.ids import instance_of, natural_key
+from spotserve.core.plan import COPY_KINDS, WEIGHT_KINDS
+from spotserve.core.plan_text.schedule import ports_of
+from spotserve.core.plan_text.table import Json, columns, count_text, seconds_text, size_text
 
 STORAGE = "storage"
 
@@ -54,27 +56,27 @@ def ports(plan: Json) -> list[Port]:
         for port in ports_of(step):
             loads[port] += step["bytes"]
     found = [Port(instance, direction, size, size / rate) for (instance, direction), size in loads.items() if size]
-    return sorted(found, key=lambda port: (-port.bytes, port.direction, natural(port.instance)))
+    return sorted(found, key=lambda port: (-port.bytes, port.direction, natural_key(port.instance)))
 
 
 def links(plan: Json) -> list[Link]:
     """The links in natural order of their ends: instance to instance, inside one, from storage."""
     groups: dict[tuple[str, str], list[Json]] = defaultdict(list)
     for step in plan["steps"]:
-        if step["kind"] in COPIES:
+        if step["kind"] in COPY_KINDS:
             groups[instance_of(step["source"]), instance_of(step["destination"])].append(step)
         elif step["kind"] == "load_weights":
             groups[STORAGE, instance_of(step["workers"][0])].append(step)
     busiest = ports(plan)[:1]
     busiest_s = busiest[0].seconds if busiest else 0.0
-    order = sorted(groups, key=lambda ends: (ends[0] == STORAGE, natural(ends[0]), natural(ends[1])))
+    order = sorted(groups, key=lambda ends: (ends[0] == STORAGE, natural_key(ends[0]), natural_key(ends[1])))
     return [_link(plan, ends, groups[ends], busiest_s) for ends in order]
 
 
 def _link(plan: Json, ends: tuple[str, str], steps: Sequence[Json], busiest_s: float) -> Link:
     profile = plan["spec"]["profile"]
-    weights = sum(step["bytes"] for step in steps if step["kind"] in ("copy_weights", "load_weights"))
-    kv = sum(step["bytes"] for step in steps if step["kind"] not in ("copy_weights", "load_weights"))
+    weights = sum(step["bytes"] for step in steps if step["kind"] in WEIGHT_KINDS)
+    kv = sum(step["bytes"] for step in steps if step["kind"] not in WEIGHT_KINDS)
     crosses = ends[0] not in (ends[1], STORAGE)
     rate = profile["storage_bytes_per_s"] if ends[0] == STORAGE else profile["link_bytes_per_s"]
     # Inside an instance nothing passes a port: what the copies are expected to take, one beside the other.

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from spotserve.core.ids import GpuId
+from spotserve.core.ids import GpuId, instance_of, natural_key
 from spotserve.core.slices import intersect, subtract
 from spotserve.core.snapshot import Replica
 from spotserve.core.spec import ModelSpec
 from spotserve.solvers.ranges import Catalog, Rectangle, cut, shard_at
-from spotserve.solvers.view import natural_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +25,7 @@ def kv_transfers(catalog: Catalog, model: ModelSpec, old: Replica, new: Replica)
     """Rectangles that cover each position of `new` exactly once from the positions of `old`, front stages first.
 
     What a GPU already holds stays on it (source equals destination); kv heads that neighbours hold twice come from
-    the rank that has sent least so far.
+    a rank in the same instance, else from the one that has sent least so far.
     """
     sent: dict[GpuId, int] = {}
     result: list[KvTransfer] = []
@@ -36,9 +35,16 @@ def kv_transfers(catalog: Catalog, model: ModelSpec, old: Replica, new: Replica)
         need = catalog.kv_rectangle(shard_at(model, new, index))
         for stage in old.stages:
             if stage.layers[0] < need[0][1] and need[0][0] < stage.layers[1]:
-                ranks = sorted(stage.gpus, key=lambda gpu: (gpu != destination, sent.get(gpu, 0), places[gpu]))
+                ranks = sorted(
+                    stage.gpus, key=lambda gpu: (*_distance(gpu, destination), sent.get(gpu, 0), places[gpu])
+                )
                 result += _stage_rectangles(need, ranks, held, destination, sent)
     return tuple(result)
+
+
+def _distance(source: GpuId, destination: GpuId) -> tuple[bool, bool]:
+    """Less is nearer: the GPU itself, another one of its instance, any other."""
+    return source != destination, instance_of(source) != instance_of(destination)
 
 
 def _stage_rectangles(

@@ -10,12 +10,11 @@ from math import gcd
 import numpy as np
 from ortools.sat.python import cp_model
 
+from spotserve.solvers.cp_sat import MAX_SUM, new_solver
 from spotserve.solvers.migrate.memory import MemoryProblem, least_peak, least_possible_peak, peak_of
 from spotserve.solvers.result import Result
 
 DETERMINISTIC_TIME = 2.0
-MAX_SUM = 2**52
-"""CP-SAT's objective is a double: sums of coefficients beyond this come back wrong."""
 
 
 def exact_order(
@@ -49,11 +48,7 @@ def exact_order(
         model.minimize(peak)
     else:
         model.add(peak <= most // granule)
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = 1
-    solver.parameters.random_seed = 1
-    solver.parameters.linearization_level = 2
-    solver.parameters.max_deterministic_time = deterministic_time
+    solver = new_solver(deterministic_time)
     status = solver.solve(model)
     statistics = {"branches": solver.num_branches, "deterministic_time": round(solver.deterministic_time, 3)}
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):

@@ -9,13 +9,13 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
-from spotserve.core.ids import GpuId, InstanceId, instance_of
+from spotserve.core.ids import GpuId, InstanceId, instance_of, natural_key
 from spotserve.core.slices import parameter_of
 from spotserve.core.spec import ModelSpec
 from spotserve.solvers.ranges import Catalog, Ranges, join
-from spotserve.solvers.view import natural_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,8 @@ class Piece:
     ports: tuple[InstanceId, ...]
     parts: tuple[Part, ...]
     bytes: int
+    need: Ranges = field(default_factory=dict, repr=False, compare=False)
+    """All that the GPU's position needs, one object for positions of the same shard; nothing if it frees first."""
 
     @property
     def crosses(self) -> bool:
@@ -69,6 +71,7 @@ class _Content:
     holding: Mapping[str, tuple[int, ...]]
 
 
+@lru_cache(maxsize=65536)
 def layer_of(name: str) -> str:
     """The layer number in a concrete parameter name, or the name itself for embedding and head."""
     return next((part for part in name.split(".") if part.isdigit()), name)
@@ -92,9 +95,9 @@ def cut_pieces(
     holdings: Mapping[GpuId, Ranges],
     sources: Sequence[GpuId],
     *,
-    nothing_held: bool = False,
+    freed: frozenset[GpuId] | None = None,
 ) -> tuple[Piece, ...]:
-    """The pieces of every demand, without what its GPU holds already (`nothing_held`: that is gone by then).
+    """The pieces of every demand, without what its GPU holds already and, in a restart, is not among the `freed`.
 
     A piece that nobody holds has no holders: it comes from storage.
     """
@@ -105,17 +108,20 @@ def cut_pieces(
     ports_of: dict[tuple[GpuId, ...], tuple[InstanceId, ...]] = {}
     pieces = []
     for demand in demands:
-        need, own = id(demand.ranges), None if nothing_held else content.class_of.get(demand.destination)
-        if need not in cuts:
-            cuts[need] = _cuts(catalog, demand.ranges, content)
-        if (need, own) not in merged:
-            merged[need, own] = _missing(catalog, cuts[need], own, content, holders_of)
-        for known, parts in merged[need, own].items():
-            holders = tuple(gpu for gpu in known if gpu != demand.destination) if nothing_held else known
+        is_freed = freed is not None and demand.destination in freed
+        shard, own = id(demand.ranges), None if is_freed else content.class_of.get(demand.destination)
+        if shard not in cuts:
+            cuts[shard] = _cuts(catalog, demand.ranges, content)
+        if (shard, own) not in merged:
+            merged[shard, own] = _missing(catalog, cuts[shard], own, content, holders_of)
+        for known, parts in merged[shard, own].items():
+            holders = tuple(gpu for gpu in known if gpu != demand.destination) if is_freed else known
             if holders not in ports_of:
                 ports_of[holders] = holder_ports(holders)
             size = sum(part.bytes for part in parts)
-            pieces.append(Piece(demand.destination, demand.stage, holders, ports_of[holders], parts, size))
+            # In a restart nobody passes anything on: no plan reads what was freed in a GPU.
+            need = {} if freed is not None else demand.ranges
+            pieces.append(Piece(demand.destination, demand.stage, holders, ports_of[holders], parts, size, need))
     return tuple(pieces)
 
 

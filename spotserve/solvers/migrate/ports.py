@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 
 from ortools.graph.python import max_flow
 
-from spotserve.core.ids import InstanceId, instance_of
+from spotserve.core.ids import InstanceId, instance_of, natural_key
 from spotserve.core.spec import Profile
 from spotserve.errors import InvariantError
 from spotserve.solvers.migrate.pieces import Piece
 from spotserve.solvers.result import Certificate
-from spotserve.solvers.view import natural_key
 
 MAX_FLOW_BYTES = 2**62
 """More in all overflows the flow's 64-bit sums."""

@@ -91,10 +91,16 @@ def needs_of(spans: Flags, needed: Flags) -> Flags:
     return needs
 
 
+def counts_of(spans: Flags, needed: Flags) -> Integers:
+    """How many seats of a span need each piece."""
+    counts: Integers = np.rint(spans.astype(np.float32) @ needed.astype(np.float32)).astype(np.int64)
+    return counts
+
+
 def fetched_alone(ports: Ports, parts: Parts) -> tuple[Integers, Integers]:
     """Bytes to fetch for a part alone: weights by [instance, kind of part], KV by [instance, part]."""
     kinds = kinds_of(parts, ports.seats)
-    weights, kv = ports.missing(needs_of(kinds.spans, ports.weight_needed), needs_of(kinds.spans, ports.kv_needed))
+    weights, kv = ports.missing(needs_of(kinds.spans, ports.weight_needed), counts_of(kinds.spans, ports.kv_needed))
     return weights, kv[:, kinds.replica, kinds.kind]
 
 
@@ -102,7 +108,7 @@ def price(problem: PlacementProblem, ports: Ports, overlaps: Overlaps, parts: Pa
     """What every part costs on every instance, without a loop over pairs."""
     kinds = kinds_of(parts, problem.seats)
     spans, replica, kind = kinds.spans, kinds.replica, kinds.kind
-    kv_needs = needs_of(spans, ports.kv_needed)
+    kv_needs = counts_of(spans, ports.kv_needed)
     fetched, kv_alone = ports.missing(needs_of(spans, ports.weight_needed), kv_needs)
     kv_bytes = ports.kv_bytes(kv_needs)[replica, kind]
     best, kv_best = _best_reuse(problem, ports, overlaps)

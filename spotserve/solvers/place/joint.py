@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from ortools.sat.python import cp_model
 
-from spotserve.solvers.place.groups import kinds_of, needs_of
+from spotserve.solvers.cp_sat import new_solver
+from spotserve.solvers.place.groups import counts_of, kinds_of, needs_of
 from spotserve.solvers.place.ports import Ports
 from spotserve.solvers.place.problem import Integers
 from spotserve.solvers.place.seating import Seating
@@ -129,7 +130,7 @@ class _Model:
     def solve(self, budget: float) -> Joint:
         """Least time first; then, within that, the second goal with what is left of the budget."""
         self._model.minimize(self._time)
-        first = _solver(budget * (1 - SECOND_SHARE))
+        first = new_solver(budget * (1 - SECOND_SHARE))
         status = first.solve(self._model)
         spent, branches = first.response_proto.deterministic_time, first.num_branches
         if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
@@ -141,7 +142,7 @@ class _Model:
         for instance, row in enumerate(self._taken):
             for part, taken in enumerate(row):
                 self._model.add_hint(taken, int(where[part]) == instance)
-        second = _solver(budget * SECOND_SHARE)
+        second = new_solver(budget * SECOND_SHARE)
         if second.solve(self._model) in (cp_model.OPTIMAL, cp_model.FEASIBLE):
             where = self._where(second)
         return Joint(
@@ -177,15 +178,6 @@ class _Model:
         return where
 
 
-def _solver(deterministic_time: float) -> cp_model.CpSolver:
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = 1
-    solver.parameters.random_seed = 1
-    solver.parameters.linearization_level = 2
-    solver.parameters.max_deterministic_time = deterministic_time
-    return solver
-
-
 def _pieces(ports: Ports, seating: Seating, instance: int, unit: int) -> list[_Piece]:
     """What an instance lacks of what any part needs, joined by who needs it and who holds it; rounded down to units."""
     kinds = kinds_of(seating.parts, ports.seats)
@@ -194,14 +186,11 @@ def _pieces(ports: Ports, seating: Seating, instance: int, unit: int) -> list[_P
     for piece in np.flatnonzero(ports.weight_lacking[instance] & needs.any(axis=0)):
         key = tuple(np.flatnonzero(needs[:, piece]).tolist()), None, int(ports.weight_class[piece])
         amounts[key] += int(ports.weight_bytes[piece])
-    kv_needs = needs_of(kinds.spans, ports.kv_needed)
+    kv_needs = counts_of(kinds.spans, ports.kv_needed)
     for replica in np.flatnonzero(ports.kv_tokens):
         lacking = ports.kv_lacking[ports.kv_row[instance, replica]]
-        for piece in np.flatnonzero(lacking & kv_needs.any(axis=0)):
-            kv_key = (
-                tuple(np.flatnonzero(kv_needs[:, piece]).tolist()),
-                int(replica),
-                int(ports.kv_class[replica, piece]),
-            )
-            amounts[kv_key] += int(ports.kv_token_bytes[piece] * ports.kv_tokens[replica])
+        for kind, piece in zip(*np.nonzero(kv_needs * lacking), strict=True):
+            kv_key = (int(kind),), int(replica), int(ports.kv_class[replica, piece])
+            num_bytes = ports.kv_token_bytes[piece] * ports.kv_tokens[replica]
+            amounts[kv_key] += int(kv_needs[kind, piece] * num_bytes)
     return [_Piece(*key[:2], num_bytes // unit, key[2]) for key, num_bytes in amounts.items() if num_bytes >= unit]

@@ -1,8 +1,9 @@
 """What a placement sends through which instance's network interface, and the certificate of its busiest one.
 
-A port is an instance's interface, full duplex; copies inside an instance do not pass it, and a piece that several GPUs
-of an instance lack passes it once. The least time is that of the fullest in-port or of the fullest set of out-ports:
-pieces that only those instances hold ("max-flow bound", Newton iteration on minimum cuts).
+A port is an instance's interface, full duplex; copies inside an instance do not pass it. Weights that several GPUs of an
+instance lack pass it once, as one of them passes them on; KV, which still grows, comes to each. The least time is that
+of the fullest in-port or of the fullest set of out-ports: pieces that only those instances hold ("max-flow bound",
+Newton iteration on minimum cuts).
 """
 
 from __future__ import annotations
@@ -77,14 +78,17 @@ class Ports:
         """Positions of one replica."""
         return len(self.weight_needed)
 
-    def missing(self, needs: Flags, kv_needs: Flags) -> tuple[Integers, Integers]:
-        """Bytes that an instance alone would fetch: weights by [instance, need], KV by [instance, replica, need]."""
+    def missing(self, needs: Flags, kv_needs: Integers) -> tuple[Integers, Integers]:
+        """Bytes that an instance alone would fetch: weights by [instance, need], KV by [instance, replica, need].
+
+        Of KV it counts how many GPUs need a piece.
+        """
         weights = product(self.weight_lacking, needs, self.weight_bytes)
         kv = product(self.kv_lacking, kv_needs, self.kv_token_bytes)
         return weights, kv[self.kv_row] * self.kv_tokens[None, :, None]
 
-    def kv_bytes(self, kv_needs: Flags) -> Integers:
-        """KV bytes that somebody has, by [replica, need]."""
+    def kv_bytes(self, kv_needs: Integers) -> Integers:
+        """KV bytes that somebody has, by [replica, need], for as many GPUs as need them."""
         blank = self.kv_lacking[: len(self.kv_tokens)]
         return product(blank, kv_needs, self.kv_token_bytes) * self.kv_tokens[:, None]
 
@@ -97,7 +101,7 @@ class Ports:
         )
 
     def load(self, where: Integers) -> Load:
-        """What passes the ports when position q is on instance `where[q]`; what an instance lacks it fetches once."""
+        """What passes the ports when position q is on instance `where[q]`; weights that it lacks it fetches once."""
         replica, seat = np.divmod(np.arange(len(where)), self.seats)
         taken = np.zeros((len(self.num_gpus), self.seats), np.bool_)
         taken[where, seat] = True
@@ -110,7 +114,7 @@ class Ports:
         return Load(received, sent[:-1])
 
     def _add_kv(self, where: Integers, replica: Integers, seat: Integers, received: Integers, sent: Integers) -> None:
-        """Add the KV pieces, each once for an instance and a new replica."""
+        """Add the KV pieces, each once for every position that needs it."""
         carrying = np.flatnonzero(self.kv_tokens[replica] > 0)
         if not len(carrying):
             return
@@ -118,12 +122,12 @@ class Ports:
         order = np.argsort(keys, kind="stable")
         carrying, keys = carrying[order], keys[order]
         starts = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))
-        needed = np.logical_or.reduceat(self.kv_needed[seat[carrying]], starts, axis=0)
+        needed = np.add.reduceat(self.kv_needed[seat[carrying]].astype(np.int64), starts, axis=0)
         instance, heir = np.divmod(keys[starts], len(self.kv_tokens))
-        fetched = needed & self.kv_lacking[self.kv_row[instance, heir]]
+        fetched = needed * self.kv_lacking[self.kv_row[instance, heir]]
         num_bytes = fetched * self.kv_token_bytes * self.kv_tokens[heir][:, None]
         np.add.at(received, instance, num_bytes.sum(axis=1))
-        np.add.at(sent, self.kv_class[heir][fetched], num_bytes[fetched])
+        np.add.at(sent, self.kv_class[heir][fetched > 0], num_bytes[fetched > 0])
 
     def bottleneck(self, load: Load) -> Bottleneck:
         """The certificate of the least time in which this load passes the ports, in bytes of one port."""

@@ -129,8 +129,8 @@ def overlaps(problem: PlacementProblem) -> Overlaps:
     return Overlaps(weights, per_token * tokens[:, None], heir, home, problem.fits)
 
 
-def product(held: Flags, needed: Flags, num_bytes: Integers) -> Integers:
-    """Bytes of the pieces that are in a row of `held` and in a row of `needed`, for all pairs of rows."""
+def product(held: Flags, needed: Flags | Integers, num_bytes: Integers) -> Integers:
+    """Bytes of the pieces that are in a row of `held` and in a row of `needed`, as often as there, for all pairs."""
     assert int(num_bytes.sum()) < MAX_EXACT, f"{int(num_bytes.sum())} bytes are not exact in doubles"
     return (held.astype(np.float64) @ (needed * num_bytes).astype(np.float64).T).astype(np.int64)
 
