@@ -184,10 +184,10 @@ def pool_throughput_rps(spec: ServingSpec, pool: Pool, workload: Workload) -> fl
     rows = max(1, ceil(pool.max_running / stages))
     prompt = slowest_stage_ms(spec, pool.shape, tokens=max(1, workload.prompt_tokens))
     token = slowest_stage_ms(spec, pool.shape, tokens=rows)
+    # A round of all micro-batches brings each of the B sequences one token, however unevenly they are dealt out.
+    per_token = token * stages / pool.max_running
     # Fewer running sequences than stages leave stages idle: the pipeline is then as slow as its depth.
-    in_flight = min(pool.max_running, stages)
-    per_token = token * stages / (in_flight * rows)
-    per_prompt = prompt * stages / in_flight
+    per_prompt = prompt * stages / min(pool.max_running, stages)
     return pool.data * 1000.0 / (per_prompt + workload.output_tokens * per_token)
 
 

@@ -6,18 +6,22 @@ import pytest
 
 from spotserve.core.cost import (
     Degrees,
+    Pool,
     ShardSizes,
     Workload,
+    balanced,
     decode_ms,
     execution_ms,
     kv_blocks_within,
     layer_ms,
     least_kv_blocks,
     most_kv_blocks,
+    pool_throughput_rps,
     prefill_ms,
     replica_shards,
     request_ms,
     running_bound,
+    slowest_stage_ms,
     throughput_rps,
 )
 from spotserve.core.slices import kv_block_bytes, shard_bytes
@@ -115,3 +119,13 @@ def test_sizes_are_those_of_the_slice_map(pipeline: int, tensor: int) -> None:
     for shard in replica_shards(model, pipeline=pipeline, tensor=tensor):
         assert shard_bytes(model, shard) == sizes.weights(shard)
         assert kv_block_bytes(model, shard, block_tokens=16) == sizes.block(shard)
+
+
+def test_uneven_micro_batches_bring_no_more_tokens() -> None:
+    """Tests that of four sequences on three stages a round brings four tokens, not the six that three pairs would."""
+    spec = tiny_spec(max_running=4)
+    shape = balanced(spec.model, pipeline=3, tensor=1)
+    long_answers = Workload(prompt_tokens=1, output_tokens=10_000, load_rps=0.0)
+    round_s = 3 * slowest_stage_ms(spec, shape, tokens=2) / 1000.0
+    tokens_per_s = 10_000 * pool_throughput_rps(spec, Pool(shape, 1, 4), long_answers)
+    assert abs(tokens_per_s - 4 / round_s) < 0.001 * tokens_per_s

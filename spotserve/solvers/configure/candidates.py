@@ -206,7 +206,7 @@ def _times(
         return pipeline * prompt + workload.output_tokens * (pipeline * stage_ms(running))
 
     in_flight = np.minimum(batch, pipeline)
-    per_token = stage_ms(batch) * pipeline / (in_flight * np.maximum(1, -(-batch // pipeline)))
+    per_token = stage_ms(batch) * pipeline / batch
     capacity = data * 1000.0 / (prompt * pipeline / in_flight + workload.output_tokens * per_token)
     if spec.limits.batching == "static":
         capacity = data * batch * 1000.0 / execution_ms(batch)
