@@ -16,12 +16,14 @@ from benchmarks.planner.worlds import KINDS, Case, draw_case, real_model
 from benchmarks.results_file import say
 from spotserve.core.check import check_plan
 from spotserve.core.plan import Plan, PlanningProblem
-from spotserve.solvers import layout, planner
+from spotserve.solvers import content, layout, planner, rungs
 from spotserve.solvers.layout import LayoutBuilder
 from spotserve.solvers.place import Placement, PlacementProblem, place
 from spotserve.solvers.place.makespan import MAX_JOINT_GPUS
-from spotserve.solvers.planner import Planner, make_plan, uncollected
+from spotserve.solvers.planner import Planner, make_plan
+from spotserve.solvers.planner_server import uncollected
 from spotserve.solvers.result import Result
+from spotserve.solvers.rungs import Rungs
 from spotserve.solvers.steps import StepWriter
 
 STAGES: tuple[tuple[str, Any, str], ...] = (
@@ -29,11 +31,11 @@ STAGES: tuple[tuple[str, Any, str], ...] = (
     ("configure", Planner, "_candidates"),
     ("configure", Planner, "_configure"),
     ("place", LayoutBuilder, "lay_out"),
-    ("sources", Planner, "_fetch"),
-    ("requests", Planner, "_actions"),
-    ("kv", Planner, "_kv"),
+    ("sources", content, "_fetched"),
+    ("requests", content, "decide_requests"),
+    ("kv", rungs, "kv_of"),
     ("steps", StepWriter, "write_live"),
-    ("file", Planner, "_finish"),
+    ("file", Rungs, "_finish"),
 )
 """Stage, owner and name of the functions that are timed; none calls another."""
 

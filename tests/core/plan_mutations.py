@@ -18,6 +18,7 @@ from spotserve.core.spec import ServingSpec
 
 Raw = dict[str, Any]
 Spoil = Callable[[Raw, random.Random], bool]
+Change = Callable[[Raw, random.Random, Any], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,22 @@ def finds(code: str) -> Callable[[Spoil], Spoil]:
     def register(spoil: Spoil) -> Spoil:
         MUTATIONS.append(Mutation(spoil.__name__, code, spoil))
         return spoil
+
+    return register
+
+
+def finds_in(code: str, among: Callable[[Raw], list[Any]]) -> Callable[[Change], Change]:
+    """Put a mutation into the table that changes one of some things, wherever there are any."""
+
+    def register(change: Change) -> Change:
+        def spoil(data: Raw, draw: random.Random) -> bool:
+            things = among(data)
+            if things:
+                change(data, draw, draw.choice(things))
+            return bool(things)
+
+        MUTATIONS.append(Mutation(change.__name__, code, spoil))
+        return change
 
     return register
 
@@ -116,37 +133,27 @@ def pair_of(data: Raw, copy: Raw) -> list[Raw]:
 # coverage_hole
 
 
-@finds("coverage_hole")
-def weight_slice_dropped(data: Raw, draw: random.Random) -> bool:
-    step = picked(draw, steps_of(data, "copy_weights", "load_weights"))
-    if step is None:
-        return False
+@finds_in("coverage_hole", lambda data: steps_of(data, "copy_weights", "load_weights"))
+def weight_slice_dropped(data: Raw, draw: random.Random, step: Raw) -> None:
     step["slices"].pop(draw.randrange(len(step["slices"])))
     recount(data, step)
-    return True
 
 
-@finds("coverage_hole")
-def weight_slice_shortened(data: Raw, draw: random.Random) -> bool:
-    step = picked(draw, steps_of(data, "copy_weights", "load_weights"))
-    if step is None:
-        return False
+@finds_in("coverage_hole", lambda data: steps_of(data, "copy_weights", "load_weights"))
+def weight_slice_shortened(data: Raw, draw: random.Random, step: Raw) -> None:
     piece = draw.choice(step["slices"])
     end = draw.choice(["start", "stop"])
     piece[end] += 1 if end == "start" else -1
     if piece["start"] == piece["stop"]:
         step["slices"].remove(piece)
     recount(data, step)
-    return True
 
 
-@finds("coverage_hole")
-def weight_step_dropped(data: Raw, draw: random.Random) -> bool:
-    step = picked(draw, [one for one in steps_of(data, "copy_weights", "load_weights") if one["slices"]])
-    if step is None:
-        return False
+@finds_in(
+    "coverage_hole", lambda data: [one for one in steps_of(data, "copy_weights", "load_weights") if one["slices"]]
+)
+def weight_step_dropped(data: Raw, draw: random.Random, step: Raw) -> None:
     drop(data, step)
-    return True
 
 
 @finds("coverage_hole")
@@ -229,35 +236,23 @@ def needed_weights_freed(data: Raw, draw: random.Random) -> bool:
 # double_owner
 
 
-@finds("double_owner")
-def weight_slice_doubled(data: Raw, draw: random.Random) -> bool:
-    step = picked(draw, steps_of(data, "copy_weights", "load_weights"))
-    if step is None:
-        return False
+@finds_in("double_owner", lambda data: steps_of(data, "copy_weights", "load_weights"))
+def weight_slice_doubled(data: Raw, draw: random.Random, step: Raw) -> None:
     step["slices"].append(dict(draw.choice(step["slices"])))
     recount(data, step)
-    return True
 
 
-@finds("double_owner")
-def weight_step_doubled(data: Raw, draw: random.Random) -> bool:
-    step = picked(draw, steps_of(data, "copy_weights", "load_weights"))
-    if step is None:
-        return False
+@finds_in("double_owner", lambda data: steps_of(data, "copy_weights", "load_weights"))
+def weight_step_doubled(data: Raw, draw: random.Random, step: Raw) -> None:
     data["steps"].append({**step, "id": "s900"})
     for one in steps_of(data, "quiesce", "activate"):
         if data["mode"] == "live" or one["kind"] == "activate":
             one["depends_on"] = [*one["depends_on"], "s900"]
-    return True
 
 
-@finds("double_owner")
-def kv_step_doubled(data: Raw, draw: random.Random) -> bool:
-    step = picked(draw, steps_of(data, "copy_kv"))
-    if step is None:
-        return False
+@finds_in("double_owner", lambda data: steps_of(data, "copy_kv"))
+def kv_step_doubled(data: Raw, draw: random.Random, step: Raw) -> None:
     data["steps"].append({**step, "id": "s900"})
-    return True
 
 
 @finds("double_owner")
@@ -284,13 +279,9 @@ def gpu_in_two_positions(data: Raw, draw: random.Random) -> bool:
     return True
 
 
-@finds("double_owner")
-def layer_of_two_stages(data: Raw, draw: random.Random) -> bool:
-    replica = picked(draw, [one for one in fresh(data) if len(one["stages"]) > 1])
-    if replica is None:
-        return False
+@finds_in("double_owner", lambda data: [one for one in fresh(data) if len(one["stages"]) > 1])
+def layer_of_two_stages(data: Raw, draw: random.Random, replica: Raw) -> None:
     replica["stages"][0]["layers"][1] += 1
-    return True
 
 
 @finds("double_owner")
@@ -304,31 +295,21 @@ def weights_for_nobody(data: Raw, draw: random.Random) -> bool:
     return True
 
 
-@finds("double_owner")
-def wrong_generation(data: Raw, draw: random.Random) -> bool:
-    step = picked(draw, steps_of(data, "reserve", "join_group", "activate", "release"))
-    if step is None:
-        return False
+@finds_in("double_owner", lambda data: steps_of(data, "reserve", "join_group", "activate", "release"))
+def wrong_generation(data: Raw, draw: random.Random, step: Raw) -> None:
     step["generation"] += draw.choice([-1, 1])
-    return True
 
 
-@finds("double_owner")
-def wrong_rank(data: Raw, draw: random.Random) -> bool:
-    step = picked(draw, steps_of(data, "reserve"))
-    if step is None:
-        return False
+@finds_in("double_owner", lambda data: steps_of(data, "reserve"))
+def wrong_rank(data: Raw, draw: random.Random, step: Raw) -> None:
     step[draw.choice(["stage", "rank"])] += draw.choice([-1, 1])
-    return True
 
 
-@finds("double_owner")
-def mesh_in_another_order(data: Raw, draw: random.Random) -> bool:
-    step = picked(draw, [one for one in steps_of(data, "join_group", "activate") if len(one["workers"]) > 1])
-    if step is None:
-        return False
+@finds_in(
+    "double_owner", lambda data: [one for one in steps_of(data, "join_group", "activate") if len(one["workers"]) > 1]
+)
+def mesh_in_another_order(data: Raw, draw: random.Random, step: Raw) -> None:
     step["workers"] = draw.choice([step["workers"][1:] + step["workers"][:1], step["workers"][:-1]])
-    return True
 
 
 @finds("double_owner")
@@ -362,13 +343,9 @@ def request_with_two_actions(data: Raw, draw: random.Random) -> bool:
     return True
 
 
-@finds("double_owner")
-def request_off_its_route(data: Raw, draw: random.Random) -> bool:
-    action = picked(draw, data["requests"])
-    if action is None:
-        return False
+@finds_in("double_owner", lambda data: data["requests"])
+def request_off_its_route(data: Raw, draw: random.Random, action: Raw) -> None:
     action["to_replica"] = "r99"
-    return True
 
 
 @finds("double_owner")
@@ -424,13 +401,9 @@ def weights_from_a_non_holder(data: Raw, draw: random.Random) -> bool:
     return True
 
 
-@finds("not_a_holder")
-def weights_from_nowhere(data: Raw, draw: random.Random) -> bool:
-    step = picked(draw, steps_of(data, "copy_weights"))
-    if step is None:
-        return False
+@finds_in("not_a_holder", lambda data: steps_of(data, "copy_weights"))
+def weights_from_nowhere(data: Raw, draw: random.Random, step: Raw) -> None:
     step["source"] = "i99/0"
-    return True
 
 
 @finds("not_a_holder")
@@ -447,23 +420,15 @@ def kv_from_a_non_holder(data: Raw, draw: random.Random) -> bool:
     return True
 
 
-@finds("not_a_holder")
-def kv_heads_beyond_the_source(data: Raw, draw: random.Random) -> bool:
-    copy = picked(draw, steps_of(data, "copy_kv", "copy_kv_delta"))
-    if copy is None:
-        return False
+@finds_in("not_a_holder", lambda data: steps_of(data, "copy_kv", "copy_kv_delta"))
+def kv_heads_beyond_the_source(data: Raw, draw: random.Random, copy: Raw) -> None:
     low, _ = copy["route"]["kv_heads"]
     copy["route"] = {**copy["route"], "kv_heads": [low, data["spec"]["model"]["num_kv_heads"] + 1]}
-    return True
 
 
-@finds("not_a_holder")
-def worker_that_is_not_there(data: Raw, draw: random.Random) -> bool:
-    step = picked(draw, [one for one in data["steps"] if one.get("workers")])
-    if step is None:
-        return False
+@finds_in("not_a_holder", lambda data: [one for one in data["steps"] if one.get("workers")])
+def worker_that_is_not_there(data: Raw, draw: random.Random, step: Raw) -> None:
     step["workers"] = ["i99/0", *step["workers"][1:]]
-    return True
 
 
 @finds("not_a_holder")
@@ -494,44 +459,28 @@ def move_from_a_lost_replica(data: Raw, draw: random.Random) -> bool:
 # over_memory
 
 
-@finds("over_memory")
-def smaller_gpu(data: Raw, draw: random.Random) -> bool:
-    seat = picked(draw, [gpu for one in fresh(data) for gpu in gpus_of(one)])
-    if seat is None:
-        return False
+@finds_in("over_memory", lambda data: [gpu for one in fresh(data) for gpu in gpus_of(one)])
+def smaller_gpu(data: Raw, draw: random.Random, seat: Raw) -> None:
     for instance in data["snapshot"]["world"]["instances"]:
         for gpu in instance["gpus"]:
             if gpu["id"] == seat:
                 gpu["memory_bytes"] = 64 * 1024
     renew(data)
-    return True
 
 
-@finds("over_memory")
-def reserve_too_small(data: Raw, draw: random.Random) -> bool:
-    step = picked(draw, [one for one in steps_of(data, "reserve") if one["bytes"]])
-    if step is None:
-        return False
+@finds_in("over_memory", lambda data: [one for one in steps_of(data, "reserve") if one["bytes"]])
+def reserve_too_small(data: Raw, draw: random.Random, step: Raw) -> None:
     step["bytes"] -= 1
-    return True
 
 
-@finds("over_memory")
-def reserve_too_large(data: Raw, draw: random.Random) -> bool:
-    step = picked(draw, steps_of(data, "reserve"))
-    if step is None:
-        return False
+@finds_in("over_memory", lambda data: steps_of(data, "reserve"))
+def reserve_too_large(data: Raw, draw: random.Random, step: Raw) -> None:
     step["bytes"] += 2**40
-    return True
 
 
-@finds("over_memory")
-def pool_too_large(data: Raw, draw: random.Random) -> bool:
-    replica = picked(draw, fresh(data))
-    if replica is None:
-        return False
+@finds_in("over_memory", lambda data: fresh(data))
+def pool_too_large(data: Raw, draw: random.Random, replica: Raw) -> None:
     replica["kv_blocks"] += 2**30
-    return True
 
 
 @finds("over_memory")
@@ -548,36 +497,25 @@ def more_sequences_than_b(data: Raw, draw: random.Random) -> bool:
     return True
 
 
-@finds("over_memory")
-def more_kv_than_the_pool(data: Raw, draw: random.Random) -> bool:
-    action = picked(draw, [one for one in data["requests"] if one["action"] == "move"])
-    if action is None:
-        return False
+@finds_in("over_memory", lambda data: [one for one in data["requests"] if one["action"] == "move"])
+def more_kv_than_the_pool(data: Raw, draw: random.Random, action: Raw) -> None:
     request = next(one for one in data["snapshot"]["requests"] if one["request"] == action["request"])
     request["choices"][0]["kv_tokens"] = 10**7
-    return True
 
 
 # cycle, duplicate_step, missing_step
 
 
-@finds("cycle")
-def waits_for_itself(data: Raw, draw: random.Random) -> bool:
-    step = picked(draw, data["steps"])
-    if step is None:
-        return False
+@finds_in("cycle", lambda data: data["steps"])
+def waits_for_itself(data: Raw, draw: random.Random, step: Raw) -> None:
     step["depends_on"] = [*step["depends_on"], step["id"]]
-    return True
 
 
-@finds("cycle")
-def waits_for_a_follower(data: Raw, draw: random.Random) -> bool:
-    follower = picked(draw, [one for one in data["steps"] if one["depends_on"]])
-    if follower is None:
-        return False
-    first = next(one for one in data["steps"] if one["id"] == draw.choice(follower["depends_on"]))
+@finds_in("cycle", lambda data: [one for one in data["steps"] if one["depends_on"]])
+def waits_for_a_follower(data: Raw, draw: random.Random, follower: Raw) -> None:
+    name = draw.choice(follower["depends_on"])
+    first = next(one for one in data["steps"] if one["id"] == name)
     first["depends_on"] = [*first["depends_on"], follower["id"]]
-    return True
 
 
 @finds("duplicate_step")
@@ -599,13 +537,9 @@ def effect_twice(data: Raw, draw: random.Random) -> bool:
     return True
 
 
-@finds("duplicate_step")
-def weights_freed_twice(data: Raw, draw: random.Random) -> bool:
-    release = picked(draw, [one for one in steps_of(data, "release") if one["slices"]])
-    if release is None:
-        return False
+@finds_in("duplicate_step", lambda data: [one for one in steps_of(data, "release") if one["slices"]])
+def weights_freed_twice(data: Raw, draw: random.Random, release: Raw) -> None:
     release["slices"] = [*release["slices"], release["slices"][0]]
-    return True
 
 
 @finds("missing_step")
@@ -618,43 +552,27 @@ def step_dropped(data: Raw, draw: random.Random) -> bool:
     return True
 
 
-@finds("missing_step")
-def pool_kept(data: Raw, draw: random.Random) -> bool:
-    release = picked(draw, [one for one in steps_of(data, "release") if one["kv"]])
-    if release is None:
-        return False
+@finds_in("missing_step", lambda data: [one for one in steps_of(data, "release") if one["kv"]])
+def pool_kept(data: Raw, draw: random.Random, release: Raw) -> None:
     release["kv"] = False
-    return True
 
 
-@finds("missing_step")
-def unknown_dependency(data: Raw, draw: random.Random) -> bool:
-    step = picked(draw, data["steps"])
-    if step is None:
-        return False
+@finds_in("missing_step", lambda data: data["steps"])
+def unknown_dependency(data: Raw, draw: random.Random, step: Raw) -> None:
     step["depends_on"] = [*step["depends_on"], "s999"]
-    return True
 
 
-@finds("missing_step")
-def route_without_copies(data: Raw, draw: random.Random) -> bool:
-    copy = picked(draw, steps_of(data, "copy_kv"))
-    if copy is None:
-        return False
+@finds_in("missing_step", lambda data: steps_of(data, "copy_kv"))
+def route_without_copies(data: Raw, draw: random.Random, copy: Raw) -> None:
     pair = ("from_replica", "to_replica")
     for one in steps_of(data, "copy_kv", "copy_kv_delta"):
         if all(one["route"][key] == copy["route"][key] for key in pair):
             drop(data, one)
-    return True
 
 
-@finds("missing_step")
-def recompute_without_the_request(data: Raw, draw: random.Random) -> bool:
-    step = picked(draw, [one for one in steps_of(data, "recompute") if one["requests"]])
-    if step is None:
-        return False
+@finds_in("missing_step", lambda data: [one for one in steps_of(data, "recompute") if one["requests"]])
+def recompute_without_the_request(data: Raw, draw: random.Random, step: Raw) -> None:
     step["requests"].pop()
-    return True
 
 
 @finds("missing_step")
@@ -696,13 +614,9 @@ def stop_before_the_copies(data: Raw, draw: random.Random) -> bool:
     return True
 
 
-@finds("wrong_order")
-def delta_before_the_stop(data: Raw, draw: random.Random) -> bool:
-    step = picked(draw, steps_of(data, "copy_kv_delta"))
-    if step is None:
-        return False
+@finds_in("wrong_order", lambda data: steps_of(data, "copy_kv_delta"))
+def delta_before_the_stop(data: Raw, draw: random.Random, step: Raw) -> None:
     step["depends_on"] = []
-    return True
 
 
 @finds("wrong_order")
@@ -769,13 +683,9 @@ def stops_too_late(data: Raw, draw: random.Random) -> bool:
     return True
 
 
-@finds("past_deadline")
-def stop_that_cannot_be(data: Raw, draw: random.Random) -> bool:
-    step = picked(draw, [one for one in steps_of(data, "quiesce") if one["latest_s"] is not None])
-    if step is None:
-        return False
+@finds_in("past_deadline", lambda data: [one for one in steps_of(data, "quiesce") if one["latest_s"] is not None])
+def stop_that_cannot_be(data: Raw, draw: random.Random, step: Raw) -> None:
     step["not_before_s"] = step["latest_s"] + 1.0
-    return True
 
 
 # stale
@@ -819,13 +729,9 @@ def epoch_used_already(data: Raw, draw: random.Random) -> bool:
     return True
 
 
-@finds("stale")
-def generation_of_another_epoch(data: Raw, draw: random.Random) -> bool:
-    replica = picked(draw, fresh(data))
-    if replica is None:
-        return False
+@finds_in("stale", lambda data: fresh(data))
+def generation_of_another_epoch(data: Raw, draw: random.Random, replica: Raw) -> None:
     replica["generation"] += draw.choice([-1, 1])
-    return True
 
 
 @finds("stale")
@@ -837,23 +743,15 @@ def other_policy(data: Raw, draw: random.Random) -> bool:
 # corrupt, bad_version
 
 
-@finds("corrupt")
-def false_bytes(data: Raw, draw: random.Random) -> bool:
-    step = picked(draw, steps_of(data, "copy_weights", "load_weights"))
-    if step is None:
-        return False
+@finds_in("corrupt", lambda data: steps_of(data, "copy_weights", "load_weights"))
+def false_bytes(data: Raw, draw: random.Random, step: Raw) -> None:
     step["bytes"] += draw.choice([-1, 1])
-    return True
 
 
-@finds("corrupt")
-def slice_outside_the_table(data: Raw, draw: random.Random) -> bool:
-    step = picked(draw, [one for one in data["steps"] if one.get("slices")])
-    if step is None:
-        return False
+@finds_in("corrupt", lambda data: [one for one in data["steps"] if one.get("slices")])
+def slice_outside_the_table(data: Raw, draw: random.Random, step: Raw) -> None:
     piece = draw.choice(step["slices"])
     piece.update(draw.choice([{"dim": 7}, {"parameter": "nothing"}, {"start": -1}, {"stop": 10**9}]))
-    return True
 
 
 @finds("corrupt")

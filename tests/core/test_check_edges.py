@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 
@@ -11,29 +12,38 @@ import pytest
 
 from spotserve.core.canonical import canonical_json
 from spotserve.core.check import misfits, verify
-from spotserve.core.check_content import check_kv, check_requests
-from spotserve.core.check_content import check_memory as check_memory_of
-from spotserve.core.check_order import check_deadline, check_graph
+from spotserve.core.check_memory import check_memory
+from spotserve.core.check_order import TIME_TOLERANCE_S, check_deadline, check_graph
+from spotserve.core.check_requests import check_kv, check_requests
 from spotserve.core.check_world import check_membership, check_snapshot, check_spec, most_ranks, well_formed
 from spotserve.core.finding import Facts, Finding
 from spotserve.core.plan import Plan
 from spotserve.core.snapshot import Replica
-from tests.core.plan_edges import CONTENTS, ORDERS, also, merging_plan, step
+from tests.core.content_edges import CONTENTS
+from tests.core.plan_edges import ORDERS, Case, also, merging_plan, named, step
 from tests.core.test_check import loss_plan
 from tests.core.test_check_rules import Raw, instance, spare_plan, steps, told
 from tests.planning_worlds import MIB, notice, running_problem, tiny_spec
 
 
-def lines(found: list[Finding]) -> list[str]:
-    """Code, step and path of each finding, and how often it is there if not once."""
-    counts = Counter(f"{one.code} {one.step or '-'} {one.path}" for one in found)
+def lines(found: list[Finding], data: Raw) -> list[str]:
+    """Code, step and path of each finding, and how often it is there if not once; the step's own path is left out."""
+    counts = Counter(f"{one.code} {_place(one, data)}" for one in found)
     return sorted(f"{line} x{count}" if count > 1 else line for line, count in counts.items())
+
+
+def _place(one: Finding, data: Raw) -> str:
+    of_step = re.match(r"steps\[(\d+)\]", one.path)
+    if of_step is None:
+        return f"{one.step or '-'} {one.path}"
+    there = data["steps"][int(of_step[1])]["id"]
+    return f"{one.step}{one.path[of_step.end() :]}{'' if there == one.step else f' at {there}'}"
 
 
 @functools.cache
 def written(plan: Callable[[], Plan]) -> str:
     """A plan that is made once, as text."""
-    return canonical_json(plan())
+    return canonical_json(named(plan()))
 
 
 def data_of(plan: Callable[[], Plan]) -> Raw:
@@ -62,7 +72,9 @@ def only_heads(model: Raw) -> None:
 def packed(model: Raw, *, offset: int, extent: int) -> None:
     """A parameter of two segments, the second at `offset`."""
     segments = [{"axis": "q_heads", "offset": 0, "unit": 8}, {"axis": "kv_heads", "offset": offset, "unit": 8}]
-    model["parameters"].append({**model["parameters"][1], "name": "qkv", "shape": [extent, 64], "segments": segments})
+    model["parameters"].append(
+        {**model["parameters"][1], "name": "{layer}.qkv", "shape": [extent, 64], "segments": segments}
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,7 +99,7 @@ def test_the_largest_and_the_smallest_model(fit: Callable[[Raw], None]) -> None:
     """Tests that a parameter table at a bound can be cut."""
     data = data_of(spare_plan)
     fit(model_of(data))
-    assert [] == lines(list(check_spec(facts_of(data))))
+    assert [] == lines(list(check_spec(facts_of(data))), data)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +156,7 @@ def test_rates(name: str) -> None:
 def test_the_most_steps() -> None:
     """Tests that the number of steps is bounded at what it says, and that the table is read all the same."""
     plan = spare_plan()
-    for count, expected in ((20_000, []), (20_001, ["steps"])):
+    for count, expected in ((40_000, []), (40_001, ["steps"])):
         many = plan.model_copy(update={"steps": plan.steps[:1] * count})
         assert expected == [one.path for one in check_spec(Facts(many))]
 
@@ -373,16 +385,21 @@ def spoiled(plan: Callable[[], Plan], spoil: Callable[[Raw], object]) -> list[st
     """All findings of a plan that has been spoiled."""
     data = data_of(plan)
     spoil(data)
-    return lines(told(data))
+    return lines(told(data), data)
 
 
-@pytest.mark.parametrize(("plan", "spoil", "expected"), ORDERS)
+def cases(table: dict[Callable[[], Plan], list[Case]]) -> list[tuple[Callable[[], Plan], Callable[[Raw], object], str]]:
+    """The rows of a table, each with its plan."""
+    return [(plan, spoil, expected) for plan, rows in table.items() for spoil, expected in rows]
+
+
+@pytest.mark.parametrize(("plan", "spoil", "expected"), cases(ORDERS))
 def test_orders(plan: Callable[[], Plan], spoil: Callable[[Raw], object], expected: str) -> None:
     """Tests that a step that is missing, doubled, misplaced or another's is told at that step and nowhere else."""
     assert expected == "; ".join(spoiled(plan, spoil))
 
 
-@pytest.mark.parametrize(("plan", "spoil", "expected"), CONTENTS)
+@pytest.mark.parametrize(("plan", "spoil", "expected"), cases(CONTENTS))
 def test_contents(plan: Callable[[], Plan], spoil: Callable[[Raw], object], expected: str) -> None:
     """Tests that content, KV, requests, memory and deadlines at a bound pass, and beyond it are told there alone."""
     assert expected == "; ".join(spoiled(plan, spoil))
@@ -414,7 +431,7 @@ def test_room_for_those_who_come(spoil: Callable[[Raw, list[Raw]], object], expe
     for one in data["requests"]:
         one["action"] = "move"
     spoil(data["target"]["replicas"][0], data["snapshot"]["requests"])
-    assert ["over_memory - target.replicas[0]"] * expected == lines(list(check_requests(facts_of(data))))
+    assert ["over_memory - target.replicas[0]"] * expected == lines(list(check_requests(facts_of(data))), data)
 
 
 def test_a_replica_that_nobody_joins_is_as_full_as_it_is() -> None:
@@ -429,8 +446,8 @@ def test_pool_of_a_lost_replica(size: int, expected: list[str]) -> None:
     """Tests that a position cannot take over the pool of a replica that has lost a rank, though it is of the size."""
     data = data_of(spare_plan)
     data["trigger"].update(kind="lost", remaining_s=None)
-    step(data, "s1")["bytes"] = size
-    assert expected == [one.path for one in check_memory_of(facts_of(data))]
+    step(data, "reserve:i0/0")["bytes"] = size
+    assert expected == [one.path for one in check_memory(facts_of(data))]
 
 
 def test_moves_of_another_replica() -> None:
@@ -443,8 +460,8 @@ def test_moves_of_another_replica() -> None:
 def test_the_first_of_a_cycle() -> None:
     """Tests that a cycle is told at the first step that is on it, not at the first of the file."""
     data = data_of(spare_plan)
-    step(data, "s10")["depends_on"].append("s11")
-    assert ["cycle s10 steps"] == lines(list(check_graph(facts_of(data))))
+    step(data, "commit")["depends_on"].append("activate")
+    assert ["cycle commit steps"] == lines(list(check_graph(facts_of(data))), data)
 
 
 READS = ["copy_weights", "copy_kv", "copy_kv_delta"]
@@ -459,6 +476,20 @@ def test_each_kind_reads_in_time(kind: str) -> None:
     for seconds, expected in ((size / 1e8, 0), (size / 1e8 - 2e-6, 3)):
         data["trigger"]["remaining_s"] = seconds
         assert expected == len(list(check_deadline(facts_of(data))))
+    data["spec"]["profile"]["link_bytes_per_s"] = size
+    for seconds, expected in ((1.0 - TIME_TOLERANCE_S, 0), (1.0 - 2 * TIME_TOLERANCE_S, 3)):
+        data["trigger"]["remaining_s"] = seconds
+        assert expected == len(list(check_deadline(facts_of(data))))
+
+
+def test_kv_that_comes_twice_in_two_parts_is_told_once() -> None:
+    """Tests that rectangles that arrive twice are told at the first layer of the position where they do."""
+    data = data_of(spare_plan)
+    also(data, "copy_kv:i1/0>i2/0", route={**step(data, "copy_kv:i1/0>i2/0")["route"], "layers": [4, 6]})
+    data["steps"].append(
+        {**step(data, "new"), "id": "newer", "route": {**step(data, "new")["route"], "layers": [6, 8]}}
+    )
+    assert ["double_owner - steps"] == lines(list(check_kv(facts_of(data))), data)
 
 
 def test_a_port_is_told_once() -> None:
@@ -466,7 +497,7 @@ def test_a_port_is_told_once() -> None:
     data = data_of(spare_plan)
     data["trigger"]["instances"] = []
     data["steps"] = [{**one, "depends_on": []} for one in steps(data, "copy_weights", "copy_kv")][1:]
-    step(data, "s4")["source"] = "i0/0"
+    step(data, "copy_kv:i1/0>i2/0")["source"] = "i0/0"
     for name, seconds in (("i0", 0.00001), ("i1", 0.002)):
         instance(data, name).update(state="doomed", remaining_s=seconds)
     ports = [one.message for one in check_deadline(facts_of(data)) if one.step is None]
@@ -479,7 +510,7 @@ def test_what_stays_on_an_instance_passes_no_port() -> None:
     data = data_of(spare_plan)
     data["steps"] = [{**steps(data, "copy_weights")[0], "depends_on": [], "destination": "i1/1"}]
     data["trigger"]["remaining_s"] = 0.001
-    assert ["past_deadline s5 steps[0]"] == lines(list(check_deadline(facts_of(data))))
+    assert ["past_deadline copy_weights:i1/0>i2/0"] == lines(list(check_deadline(facts_of(data))), data)
     data["steps"][0]["destination"] = "i1/0"
     assert [] == list(check_deadline(facts_of(data)))
 
@@ -488,14 +519,20 @@ def test_kv_of_a_lost_replica() -> None:
     """Tests that no KV of a replica that has lost a rank can be copied, not even by the ranks that it has left."""
     data = data_of(spare_plan)
     data["trigger"].update(kind="lost", remaining_s=None)
-    expected = ["s3 steps[2]", "s4 steps[3]", "s8 steps[7]", "s9 steps[8]"]
-    assert [f"not_a_holder {one}" for one in expected] == lines(list(check_kv(facts_of(data))))
+    expected = [
+        "copy_kv:i0/0>i0/0",
+        "copy_kv:i1/0>i2/0",
+        "copy_kv_delta:i0/0>i0/0",
+        "copy_kv_delta:i1/0>i2/0",
+    ]
+    assert [f"not_a_holder {one}" for one in expected] == lines(list(check_kv(facts_of(data))), data)
 
 
 def test_a_pool_does_not_shrink_in_live_mode() -> None:
     """Tests that a live plan keeps its pools whole until they go, even where enough is kept."""
-    found = spoiled(spare_plan, lambda data: also(data, "s12", kv=False, bytes=0, keep_blocks=20))
-    assert ["wrong_order new steps[12]", "wrong_order s3 steps[12]", "wrong_order s8 steps[12]"] == found
+    found = spoiled(spare_plan, lambda data: also(data, "release:i0/0", kv=False, bytes=0, keep_blocks=20))
+    late = ["copy_kv:i0/0>i0/0", "copy_kv_delta:i0/0>i0/0"]
+    assert [*(f"wrong_order {one} at new" for one in late), "wrong_order new"] == found
 
 
 def test_the_first_epoch_that_is_not_used() -> None:

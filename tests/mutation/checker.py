@@ -1,8 +1,8 @@
 """How many faults of the checker its tests notice: `python -m tests.mutation.checker [--sample N] [--out FILE]`.
 
-Every mutant of `core/check*.py` (with `--modules`, of `core/finding.py`, the facts that they judge by) runs in a fork
-of a process that has collected the checker's tests and made their plans, so that a mutant costs what it takes to run
-the tests until one fails, and not what it takes to start pytest.
+Every mutant of `core/check*.py` (with `--modules`, of `core/finding.py` and `core/cells.py`, by which they judge) runs
+in a fork of a process that has collected the checker's tests and made their plans, so that a mutant costs what it takes
+to run the tests until one fails, and not what it takes to start pytest.
 """
 
 from __future__ import annotations
@@ -33,12 +33,30 @@ from tests.mutation.mutants import Mutant, mutants, run_in
 CHECKOUT = Path(__file__).resolve().parents[2]
 MODULES = tuple(
     f"spotserve.core.{name}"
-    for name in ("finding", "check_memory", "check_world", "check_content", "check_order", "check")
+    for name in (
+        "cells",
+        "finding",
+        "check_world",
+        "check_memory",
+        "check_content",
+        "check_requests",
+        "check_order",
+        "check",
+    )
 )
 """In the order of their imports: after a mutant of one, those behind it are run again as they are."""
 
 TESTS = tuple(
-    f"tests/core/{name}.py" for name in ("test_check_mutations", "test_check", "test_check_rules", "test_check_edges")
+    f"tests/core/{name}.py"
+    for name in (
+        "test_check_mutations",
+        "test_check",
+        "test_check_rules",
+        "test_check_edges",
+        "test_check_limits",
+        "test_check_relays",
+        "test_cells",
+    )
 )
 LIMIT_S = 30
 FLOOR = 0.9
@@ -184,7 +202,9 @@ def install(mutant: Mutant, sources: dict[str, CodeType]) -> None:
     for name in MODULES[MODULES.index(mutant.module) :]:
         run_in(loaded[name], mutant.code if name == mutant.module else sources[name])
     for module in list(sys.modules.values()):
-        if not getattr(module, "__name__", "").startswith(("tests.core", "spotserve.core.check")):
+        if not getattr(module, "__name__", "").startswith(
+            ("tests.core", "spotserve.core.check", "spotserve.core.finding")
+        ):
             continue
         for name, value in list(vars(module).items()):
             origin = getattr(value, "__module__", None)
@@ -213,7 +233,7 @@ def judged(
 
 def _judge(mutant: Mutant, cases: Sequence[Case], sources: dict[str, CodeType]) -> None:
     """The child's life: exit 0 if every test passes."""
-    signal.alarm(LIMIT_S)
+    signal.setitimer(signal.ITIMER_PROF, LIMIT_S)  # Of its own time on a core: other load is no fault of a mutant.
     with suppress(BaseException):
         install(mutant, sources)
         for case in cases:
@@ -291,7 +311,13 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     checks = [name.rsplit(".", 1)[-1] for name in MODULES]
-    parser.add_argument("--modules", nargs="*", default=checks[1:], choices=checks, help="default: check*.py")
+    parser.add_argument(
+        "--modules",
+        nargs="*",
+        default=[name for name in checks if name.startswith("check")],
+        choices=checks,
+        help="default: check*.py",
+    )
     parser.add_argument("--sample", type=int, help="so many mutants instead of all")
     parser.add_argument("--seconds", type=float, help="begin no mutant after so long; they come in random order")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
