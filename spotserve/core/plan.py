@@ -15,7 +15,7 @@ from pydantic import Field
 from spotserve.core.frozen import Frozen
 from spotserve.core.ids import GpuId, InstanceId, ReplicaId, RequestId, StepId
 from spotserve.core.slices import Slice
-from spotserve.core.snapshot import Replica, Snapshot
+from spotserve.core.snapshot import MAX_REMAINING_S, Replica, Snapshot
 from spotserve.core.spec import ServingSpec
 
 FORMAT_VERSION = "0.1"
@@ -52,7 +52,7 @@ class Trigger(Frozen):
 
     kind: Literal["start", "notice", "lost", "joined", "load"]
     instances: tuple[InstanceId, ...] = ()
-    remaining_s: float | None = Field(default=None, ge=0)
+    remaining_s: float | None = Field(default=None, ge=0, le=MAX_REMAINING_S)
 
 
 class KvRoute(Frozen):

@@ -15,6 +15,9 @@ from spotserve.core.slices import Shard, Slice
 InstanceState = Literal["requested", "joining", "ready", "doomed", "gone"]
 Market = Literal["spot", "ondemand"]
 
+MAX_REMAINING_S = 366 * 86_400.0
+"""The longest grace period that is believed."""
+
 ENDED_STATES = frozenset({"finished", "cancelled", "failed"})
 """Request states that nothing follows."""
 
@@ -34,7 +37,7 @@ class InstanceView(Frozen):
     state: InstanceState
     market: Market = "spot"
     gpus: tuple[Gpu, ...] = ()
-    remaining_s: float | None = Field(default=None, ge=0)
+    remaining_s: float | None = Field(default=None, ge=0, le=MAX_REMAINING_S)
 
 
 class Stage(Frozen):

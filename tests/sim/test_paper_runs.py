@@ -39,7 +39,8 @@ def test_the_paper_takes_the_configurations_it_took(shared_data: Path) -> None:
 
 
 def test_ours_stalls_shorter_than_the_paper(shared_data: Path) -> None:
-    """Tests that on the same trace and requests our longest stall is less than a tenth of the paper's policy's."""
+    """Tests that where both must reshape in place our longest stall is less than half of the paper's policy's."""
     ours, theirs = (played(shared_data, "B_S", policy) for policy in ("live", "paper+static"))
-    assert 10 * ours.stall_s.max < theirs.stall_s.max
+    assert 2 * ours.stall_s.max < theirs.stall_s.max
+    assert ours.latency_s.p99 < theirs.latency_s.p99
     assert ours.recomputed_tokens == 0

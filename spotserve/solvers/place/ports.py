@@ -1,8 +1,8 @@
 """What a placement sends through which instance's network interface, and the certificate of its busiest one.
 
-A port is an instance's interface, full duplex; copies inside an instance do not pass it. Weights that several GPUs of an
-instance lack pass it once, as one of them passes them on; KV, which still grows, comes to each. The least time is that
-of the fullest in-port or of the fullest set of out-ports: pieces that only those instances hold ("max-flow bound",
+A port is an instance's interface, full duplex; copies inside an instance do not pass it. Weights that several GPUs of
+an instance lack pass it once, as one of them passes them on; KV, which still grows, comes to each. The least time is
+that of the fullest in-port or of the fullest set of out-ports: pieces that only those instances hold ("max-flow bound",
 Newton iteration on minimum cuts).
 """
 
