@@ -6,6 +6,7 @@
 #   ARGS         further arguments of `make run`
 #   JOBS         test processes of `make quick` and `make test`
 #   PYTEST_ARGS  further arguments of every pytest run
+#   SEEDS        seeds of `make swarm`
 #   MATRIX_ARGS  further arguments of `make test-all`: --only family=llama, --jobs 4, --retry, --fresh
 
 PYTHON ?= python3
@@ -14,6 +15,7 @@ PORT ?=
 ARGS ?=
 JOBS ?= 2
 PYTEST_ARGS ?=
+SEEDS ?= 1000
 MATRIX_ARGS ?=
 
 # One thread per torch process: bit-equal sums, and no oversubscription with several workers on one machine.
@@ -29,7 +31,7 @@ PYTEST := $(BIN)/python -m pytest
 SPREAD := -n $(JOBS) --dist loadfile --max-worker-restart=0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run lint types walk test check quick test-all docs clean
+.PHONY: help setup run lint types walk test check quick swarm test-all docs clean
 
 help:
 	@echo "make setup     create .venv and install everything ($(STAMP) tells when)"
@@ -37,6 +39,7 @@ help:
 	@echo "make test      every test but the slow ones, which are: make test PYTEST_ARGS='-m slow'"
 	@echo "make test-all  the matrix: families x degrees x disturbances x dtypes; goes on where it was interrupted"
 	@echo "make check     lint, types, import walk, then make test"
+	@echo "make swarm     1 000 drawn scenarios in virtual time, each judged by strangers; at most 5 minutes"
 	@echo "make quick     lint, types, import walk, unit and virtual-world tests; at most 90 s"
 
 setup: $(STAMP)
@@ -76,6 +79,10 @@ quick: $(STAMP)
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory types
 	$(PYTEST) -q -m "not e2e and not slow and not swarm" $(SPREAD) $(PYTEST_ARGS)
+
+# One seed draws a cluster, its load and its faults; what breaks a promise is told with the command that replays it.
+swarm: $(STAMP)
+	$(BIN)/spotserve simulate --swarm $(SEEDS)
 
 docs: $(STAMP)
 	$(BIN)/python docs/draw_lifecycles.py

@@ -1,8 +1,8 @@
 """How long a placement's migration takes at best, and how long the best placement's does: two models for HiGHS.
 
 They share nothing with the solvers. Content is counted in chunks of a layer, ports are those of instances, GPUs
-under notice still send, and what several GPUs of an instance lack passes its port once. Given a placement, the sources
-are a linear program. The joint model places the tensor groups as well, each inside one instance.
+under notice still send, and weights that several GPUs of an instance lack pass its port once. Given a placement, the
+sources are a linear program. The joint model places the tensor groups as well, each inside one instance.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ class Migration:
             int(np.prod(row.shape)) * model.element_bytes for row in model.parameters if row.stage == "layer"
         )
         self.weight_bytes = layer_bytes / self.num_chunks
+        assert model.num_kv_heads % self.num_chunks == 0, "ranks share KV, which comes to each of them by itself"
         heads = model.num_kv_heads / self.num_chunks
         self.token_bytes = 2 * heads * model.head_dim * model.element_bytes
         moving = {action.request for action in plan.requests if action.action == "move"}
@@ -165,12 +166,11 @@ def placement_s(plan: Plan) -> float:
     return float(found.fun)
 
 
-def joint_s(plan: Plan, *, time_limit_s: float, fan_out: bool = True) -> Joint:
+def joint_s(plan: Plan, *, time_limit_s: float) -> Joint:
     """The least makespan of any placement of the plan's new replicas with tensor groups inside instances.
 
     Variables: y (group on instance) binary, z (some of these groups are on the instance), f (gigabytes of a class of
     content from a holder to an instance), T. A class is content that the same groups need and the same instances hold.
-    Without `fan_out` every group fetches for itself.
     """
     migration = Migration(plan)
     busy = {gpu for replica in migration.kept.values() for gpu in replica.gpus}
@@ -180,16 +180,13 @@ def joint_s(plan: Plan, *, time_limit_s: float, fan_out: bool = True) -> Joint:
         if instance.state == "ready" and instance.id not in trigger:
             slots[instance.id] = sum(gpu.id not in busy for gpu in instance.gpus)
     instances = sorted(name for name, count in slots.items() if count)
-    return _Model(migration, instances, slots, fan_out=fan_out).solve(time_limit_s)
+    return _Model(migration, instances, slots).solve(time_limit_s)
 
 
 class _Model:
     """The joint model's columns and rows."""
 
-    def __init__(
-        self, migration: Migration, instances: list[InstanceId], slots: Counter[InstanceId], *, fan_out: bool
-    ) -> None:
-        self.fan_out = fan_out
+    def __init__(self, migration: Migration, instances: list[InstanceId], slots: Counter[InstanceId]) -> None:
         self.migration, self.instances, self.slots = migration, instances, slots
         self.tensor = migration.fresh[0].tensor if migration.fresh else 1
         self.groups = [(one, stage) for one in migration.fresh for stage in range(one.pipeline)]
@@ -230,8 +227,7 @@ class _Model:
         for (holders, members), size in sorted(self._classes().items()):
             for i, name in enumerate(self.instances):
                 if name not in holders:
-                    wanting = [self._any(i, members)] if self.fan_out else [self._y(i, group) for group in members]
-                    self._flow([(column, -size) for column in wanting], 0.0, holders, name)
+                    self._flow([(self._any(i, members), -size)], 0.0, holders, name)
         for (into, holders), size in sorted(self._to_kept().items()):
             self._flow([], size, holders, into)
         rate = -self.migration.link / GIGA
