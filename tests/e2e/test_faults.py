@@ -6,6 +6,8 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import httpx2 as httpx
 import pytest
@@ -200,16 +202,29 @@ def test_sigterm_to_an_instance_is_a_notice(scene: Scene) -> None:
     scene.check(streams)
 
 
-@pytest.fixture(scope="module")
-def tight(tmp_path_factory: pytest.TempPathFactory, daemon_environment: dict[str, str]) -> Iterator[Scene]:
+@contextmanager
+def four_small_gpus(folder: Path, environment: dict[str, str]) -> Iterator[Scene]:
     """The built-in default: four GPUs of 6 MiB, all in use, little room for two generations at once.
 
     Planned with a made-up profile: one that was measured gives fewer, roomier replicas on some machines.
     """
-    folder = tmp_path_factory.mktemp("tight")
     write_profile(BUILTIN_MODEL, folder / "profiles")
-    env = {**daemon_environment, **PACED, "SPOTSERVE_PROFILE_CACHE": str(folder / "profiles")}
+    env = {**environment, **PACED, "SPOTSERVE_PROFILE_CACHE": str(folder / "profiles")}
     with playing(folder, env=env) as scene:
+        yield scene
+
+
+@pytest.fixture(scope="module")
+def tight(tmp_path_factory: pytest.TempPathFactory, daemon_environment: dict[str, str]) -> Iterator[Scene]:
+    """Four small GPUs that instances are taken from, test after test."""
+    with four_small_gpus(tmp_path_factory.mktemp("tight"), daemon_environment) as scene:
+        yield scene
+
+
+@pytest.fixture
+def crowded(tmp_path: Path, daemon_environment: dict[str, str]) -> Iterator[Scene]:
+    """Four small GPUs as they were placed first: later a spare may be left over, and the pools roomier."""
+    with four_small_gpus(tmp_path, daemon_environment) as scene:
         yield scene
 
 
@@ -263,15 +278,15 @@ def test_tight_lost_at(tight: Scene, place: str) -> None:
     tight.check(streams)
 
 
-def test_tight_evictions_while_moving(tight: Scene) -> None:
+def test_tight_evictions_while_moving(crowded: Scene) -> None:
     """Tests that streams that evict one another for want of blocks stay exact through a notice and a kill."""
-    before = tight.count("request_evicted")
-    streams = [stream for _ in range(4) for stream in tight.streams()]
-    tight.daemon.wait_for(lambda: tight.count("request_evicted") > before, "evicted", 120)
-    tight.notice(tight.serving()[0], 2.0)
-    assert tight.expected * 4 == [stream.wait(240) for stream in streams]
-    tight.fill_up()
-    tight.settle()
+    before = crowded.count("request_evicted")
+    streams = [stream for _ in range(4) for stream in crowded.streams()]
+    crowded.daemon.wait_for(lambda: crowded.count("request_evicted") > before, "evicted", 120)
+    crowded.notice(crowded.serving()[0], 2.0)
+    assert crowded.expected * 4 == [stream.wait(240) for stream in streams]
+    crowded.fill_up()
+    crowded.settle()
 
 
 @pytest.fixture(scope="module")
