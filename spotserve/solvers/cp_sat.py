@@ -18,6 +18,8 @@ def new_solver(deterministic_time: float) -> cp_model.CpSolver:
     solver.parameters.random_seed = 1
     solver.parameters.linearization_level = 2
     solver.parameters.max_deterministic_time = deterministic_time
+    # It would leave SIGINT to the system behind a solve: Ctrl-C then kills where Python should clean up.
+    solver.parameters.catch_sigint_signal = False
     return solver
 
 
