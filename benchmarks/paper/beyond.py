@@ -13,7 +13,7 @@ from benchmarks.results_file import say
 from spotserve.sim.measures import RunResult
 from spotserve.sim.scenario import Scenario
 from spotserve.sim.simulation import simulate
-from spotserve.sim.workloads import EmpiricalLengths, azure_requests, clipped
+from spotserve.sim.workloads import azure_requests, clipped, lengths_of
 from spotserve.solvers.planner import make_plan
 
 POLICIES = ("live", "paper+static", "paper", "reroute", "reparallelize")
@@ -32,7 +32,7 @@ def scenario(data: Path, azure: Path, model: str, trace: str, workload: str, see
         if workload == "azure":
             sample = azure_requests(azure.read_bytes(), where=azure.name)
             cut = clipped(sample, max_prompt_tokens=AZURE_MOST[0], max_output_tokens=AZURE_MOST[1])
-            lengths = EmpiricalLengths.of(cut)
+            lengths = lengths_of(cut)
         cv = 6.0 if workload == "cv6" else 1.0
         drawn = drawn_requests(model, cv=cv, seed=seed, duration_s=1500.0, lengths=lengths)
     return scenario_of(data, model, trace, drawn, seed=seed, knows_load=False)
