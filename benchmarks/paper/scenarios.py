@@ -16,7 +16,7 @@ from spotserve.core.paper_profiles import (
 )
 from spotserve.core.snapshot import Replica
 from spotserve.core.spec import Limits, ServingSpec
-from spotserve.core.trace import Trace
+from spotserve.core.trace import Trace, delayed
 from spotserve.sim.durations import Phases
 from spotserve.sim.hardware import Hardware
 from spotserve.sim.scenario import Scenario, Slo
@@ -68,13 +68,7 @@ RATES_RPS = {"OPT-6.7B": 1.5, "GPT-20B": 0.35, "LLaMA-30B": 0.2}
 def trace_of(data: Path, name: str) -> Trace:
     """A trace with what it adds ready at its stamps."""
     trace = read_trace(data / "traces/availability" / TRACES[name])
-    events = [
-        event.model_copy(update={"at_s": event.at_s + ACTS_EARLY_S})
-        if event.kind == "add" and event.at_s > 0
-        else event
-        for event in trace.events
-    ]
-    return trace.model_copy(update={"name": name, "events": tuple(sorted(events, key=lambda event: event.at_s))})
+    return delayed(trace, lag_s=ACTS_EARLY_S).model_copy(update={"name": name})
 
 
 def published_requests(data: Path, model: str) -> Workload:

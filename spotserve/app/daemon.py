@@ -29,6 +29,7 @@ from spotserve.core.snapshot import RequestProgress, Snapshot
 from spotserve.core.spec import ServingSpec
 from spotserve.core.state import world_of
 from spotserve.core.status import service_status
+from spotserve.core.verdict import findings_of
 from spotserve.errors import NotServingError, PlanRefusedError, QueueFullError, UnknownInstanceError
 from spotserve.log import configure_logging
 from spotserve.store.journal import EntryJournal
@@ -326,7 +327,7 @@ class Daemon:
         membership = state.membership
         world = world_of(state).model_copy(update={"holdings": await self._world.probe_holdings()})
         # A large plan takes the checker a while, in which heartbeats go on and the world may change.
-        findings = await asyncio.to_thread(self._world.findings, plan, daemon_epoch=state.epoch)
+        findings = await asyncio.to_thread(findings_of, plan, daemon_epoch=state.epoch)
         if findings:
             raise PlanRefusedError(f"plan refused: {findings[0]}", hint="run `spotserve verify` for all findings")
         is_current = plan.snapshot_digest == digest(world) and plan.spec_digest == digest(self.spec)

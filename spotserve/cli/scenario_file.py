@@ -13,7 +13,7 @@ from spotserve.core.model_tables import model_table
 from spotserve.core.paper_profiles import paper_profile
 from spotserve.core.roofline import roofline_profile
 from spotserve.core.spec import Limits, Profile, ServingSpec
-from spotserve.core.trace import Trace, TraceEvent, window
+from spotserve.core.trace import Trace, TraceEvent, delayed, window
 from spotserve.errors import SpecError
 from spotserve.sim.scenario import LengthsChoice, ModelChoice, Scenario, ScenarioFile, TraceChoice, WorkloadChoice
 from spotserve.sim.workloads import (
@@ -134,26 +134,14 @@ def trace_of(choice: TraceChoice, folder: Path) -> Trace:
             most_per_zone=choice.most_per_zone,
             grace_s=choice.grace_s,
         )
-    trace = _with_lag(trace, choice.ready_after_s)
+    if choice.ready_after_s:
+        trace = delayed(trace, lag_s=choice.ready_after_s)
     if choice.start_s or choice.stop_s is not None:
         stop_s = choice.stop_s if choice.stop_s is not None else trace.end_s
         if stop_s is None:
             raise SpecError("the trace has no end to cut it at", hint="set trace.stop_s")
         trace = window(trace, start_s=choice.start_s, stop_s=stop_s)
     return trace
-
-
-def _with_lag(trace: Trace, lag_s: float) -> Trace:
-    """The trace with every instance that it adds ready so much later; those at 0 are there."""
-    if not lag_s:
-        return trace
-    events = [
-        event.model_copy(update={"at_s": event.at_s + lag_s}) if event.kind == "add" and event.at_s > 0 else event
-        for event in trace.events
-    ]
-    events.sort(key=lambda event: event.at_s)
-    note = f"an instance is ready {lag_s:g} s after the trace adds it"
-    return trace.model_copy(update={"events": tuple(events), "notes": (*trace.notes, note)})
 
 
 def workload_of(choice: WorkloadChoice, folder: Path, *, seed: int, duration_s: float) -> Workload:

@@ -293,6 +293,20 @@ class Plan(Frozen):
     steps: tuple[Step, ...] = ()
 
     @cached_property
+    def last_releases(self) -> frozenset[StepId]:
+        """Of each worker and old replica the release that ends the position; in_place plans free parts of it before."""
+        last = {(step.workers, step.replica): step.id for step in self.steps if isinstance(step, Release)}
+        return frozenset(last.values())
+
+    @cached_property
+    def followed(self) -> Mapping[StepId, StepId]:
+        """Of each `copy_kv_delta` the `copy_kv` that it completes: the same ends and the same rectangle."""
+        copies = {(one.source, one.destination, one.route): one.id for one in self.steps if isinstance(one, CopyKv)}
+        deltas = [step for step in self.steps if isinstance(step, CopyKvDelta)]
+        found = ((one.id, copies.get((one.source, one.destination, one.route))) for one in deltas)
+        return {delta: copy for delta, copy in found if copy is not None}
+
+    @cached_property
     def stops(self) -> tuple[int, ...]:
         """The indices of the quiesce steps: these wait for their time as well."""
         return tuple(index for index, step in enumerate(self.steps) if isinstance(step, Quiesce))

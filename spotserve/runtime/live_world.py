@@ -18,7 +18,6 @@ from spotserve.core import events as ev
 from spotserve.core import wire
 from spotserve.core.admission import start_of, tokens_again
 from spotserve.core.controller import Entry
-from spotserve.core.finding import Finding
 from spotserve.core.gpu_types import type_called
 from spotserve.core.ids import GpuId, InstanceId, ReplicaId, RequestId, instance_of
 from spotserve.core.loop import JournalPort
@@ -420,7 +419,7 @@ class LiveWorld:
             self.emit(ev.PlanFailed(at_s=self.at_s(), command=command_id, error=error.message))
             return
         # A large plan takes the checker a while, in which heartbeats go on.
-        findings = await asyncio.to_thread(self.findings, plan)
+        findings = await asyncio.to_thread(findings_of, plan)
         first = blocking(findings)
         if first is not None:
             log.error("plan_refused", code=first.code, finding=str(first), num_findings=len(findings))
@@ -435,10 +434,6 @@ class LiveWorld:
             estimated_s=plan.estimates.done_s,
         )
         self.emit(ev.PlanReady(at_s=self.at_s(), command=command_id, plan=plan))
-
-    def findings(self, plan: Plan, *, daemon_epoch: int | None = None) -> tuple[Finding, ...]:
-        """What the checker has against a plan."""
-        return findings_of(plan, daemon_epoch=daemon_epoch)
 
     def _begin_run(self, command_id: str, command: cmd.BeginRun) -> None:
         self._steps.begin(command.plan)

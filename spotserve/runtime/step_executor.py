@@ -181,7 +181,7 @@ class StepExecutor:
     async def _copy_kv_delta(
         self, command_id: str, epoch: int, step: CopyKvDelta, manifest: tuple[wire.ChoicePosition, ...]
     ) -> dict[str, Any]:
-        follows = _followed(self._plan(epoch), step)
+        follows = self._plan(epoch).followed[step.id]
         delta = wire.CopyKvDeltaCommand(
             **self._head(command_id),
             **await self._granted(command_id, epoch, step),
@@ -228,7 +228,7 @@ class StepExecutor:
             **self._head(command_id),
             replica=step.replica,
             generation=step.generation,
-            slices=None if _is_last(self._plan(epoch), step) else step.slices,
+            slices=None if step.id in self._plan(epoch).last_releases else step.slices,
             kv=step.kv,
             keep_blocks=step.keep_blocks,
         )
@@ -326,23 +326,3 @@ class StepExecutor:
 
 def _replica(plan: Plan, name: ReplicaId) -> Replica:
     return next(replica for replica in plan.target.replicas if replica.id == name)
-
-
-def _is_last(plan: Plan, release: Release) -> bool:
-    """Whether the worker's position ends with this release; in_place plans free parts of it before."""
-    same = [
-        step.id
-        for step in plan.steps
-        if isinstance(step, Release) and (step.workers, step.replica) == (release.workers, release.replica)
-    ]
-    return same[-1] == release.id
-
-
-def _followed(plan: Plan, delta: CopyKvDelta) -> str:
-    """The `copy_kv` step that a delta completes: the same ends and the same rectangle."""
-    return next(
-        step.id
-        for step in plan.steps
-        if isinstance(step, CopyKv)
-        and (step.source, step.destination, step.route) == (delta.source, delta.destination, delta.route)
-    )

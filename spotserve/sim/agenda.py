@@ -20,7 +20,6 @@ class Agenda:
 
     def __init__(self) -> None:
         self.now_s = 0.0
-        self.num_happened = 0
         self._heap: list[tuple[float, int, int, Happening]] = []
         self._sequence = 0
 
@@ -38,7 +37,6 @@ class Agenda:
         while self._heap and self._heap[0][0] <= until_s:
             at_s, _, _, happen = heapq.heappop(self._heap)
             self.now_s = at_s
-            self.num_happened += 1
             event = happen()
             if event is not None:
                 return event

@@ -77,7 +77,6 @@ class SimulatedCluster:
         self.ledger = SimulatedLedger()
         self.instances: dict[InstanceId, InstanceRecord] = {}
         self.links = Links(self.agenda, _rates(spec, hardware))
-        self.num_solved = 0
         self.stopped = False
         self._solve = solve
         self._phases = phases
@@ -303,7 +302,6 @@ class SimulatedCluster:
         problem = PlanningProblem(
             spec=self.spec, snapshot=command.snapshot, trigger=command.trigger, epoch_to=command.epoch_to
         )
-        self.num_solved += 1
         num_gpus = sum(len(instance.gpus) for instance in command.snapshot.world.instances)
         delay_s = self.hardware.solve_s + self.hardware.solve_s_per_gpu * num_gpus
         self._after(delay_s, self._answer(command_id, problem))
@@ -408,12 +406,7 @@ class SimulatedCluster:
 
     def _copy_delta(self, epoch: int, step: CopyKvDelta, manifest: tuple[ChoicePosition, ...]) -> None:
         """What a `copy_kv` that has caught up left: the last, partial block of each; else everything."""
-        followed = any(
-            isinstance(one, CopyKv)
-            and (one.source, one.destination, one.route) == (step.source, step.destination, step.route)
-            and one.id in self._followed.get(epoch, ())
-            for one in self._plans[epoch].steps
-        )
+        followed = self._plans[epoch].followed.get(step.id) in self._followed.get(epoch, ())
         block = self.spec.limits.kv_block_tokens
         size = self._kv_bytes(step, sum(p.kv_tokens % block if followed else p.kv_tokens for p in manifest))
 
@@ -471,22 +464,13 @@ class SimulatedCluster:
 
     def _release(self, epoch: int, step: Release) -> ev.Event:
         owner = (step.replica, step.generation)
-        if self._is_last_release(epoch, step):
+        if step.id in self._plans[epoch].last_releases:
             for gpu in step.workers:
                 if gpu in self._held:
                     self._held[gpu].shards.pop(owner, None)
             if owner in self._replicas:
                 self._replicas.pop(owner).kill()
         return ev.StepDone(at_s=self.agenda.now_s, epoch=epoch, step=step.id)
-
-    def _is_last_release(self, epoch: int, step: Release) -> bool:
-        """Whether the position ends; in_place plans free parts of it before."""
-        same = [
-            one.id
-            for one in self._plans[epoch].steps
-            if isinstance(one, Release) and (one.workers, one.replica) == (step.workers, step.replica)
-        ]
-        return same[-1] == step.id
 
     # The run
 

@@ -41,7 +41,6 @@ class Links:
         self._waiting: dict[str, dict[int, Transfer]] = {}
         self._all: dict[int, Transfer] = {}
         self._count = 0
-        self.moved_bytes = 0
 
     def copy(self, source: GpuId, destination: GpuId, size_bytes: int, *, epoch: int, done: Callable[[], None]) -> None:
         """Bytes from one GPU to another; inside an instance they pass no network port."""
@@ -54,7 +53,6 @@ class Links:
         else:
             rate = self._rates.network_bytes_per_s
             self._submit((f"out {here}", f"in {there}"), size_bytes / rate, epoch, done)
-        self.moved_bytes += size_bytes
 
     def load(self, gpu: GpuId, size_bytes: int, *, epoch: int, done: Callable[[], None]) -> None:
         """Bytes from storage to a GPU; an instance has one way there."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from spotserve.core import commands as cmd
 from spotserve.core import events as ev
 from spotserve.core.ids import GpuId, InstanceId, ReplicaId, RequestId, instance_of
-from spotserve.core.plan import CopyWeights, LoadWeights, Release, Step
+from spotserve.core.plan import CopyWeights, LoadWeights, Step
 from spotserve.core.slices import Shard, Slice, shard_slices, stage_shard
 from spotserve.core.spec import ServingSpec
 from spotserve.core.state import step_gpus
@@ -72,7 +72,7 @@ class VirtualWorkers(VirtualLeaders):
             return None if command.epoch in self.aborted else self._quiesce(command, step.replica)
         if step.kind == "activate":
             return self._activate(command)
-        if step.kind == "release" and self._is_last_release(command.epoch, step):
+        if step.kind == "release" and step.id in self.plans[command.epoch].last_releases:
             for gpu in step.workers:
                 self.holdings[gpu].pop((step.replica, step.generation), None)
                 self.loose.pop(gpu, None)
@@ -97,11 +97,6 @@ class VirtualWorkers(VirtualLeaders):
         pieces = self.arrived.setdefault(gpu, {})
         owner = (step.replica, epoch)
         pieces[owner] = (*pieces.get(owner, ()), *step.slices)
-
-    def _is_last_release(self, epoch: int, step: Release) -> bool:
-        """Whether the position ends; in_place plans free parts of it before."""
-        releases = [s for s in self.plans[epoch].steps if isinstance(s, Release) and s.workers == step.workers]
-        return [s.id for s in releases if s.replica == step.replica][-1] == step.id
 
     def _gone(self, request: RequestId, choice: int) -> bool:
         """Whether the source has freed a choice's KV."""
