@@ -420,11 +420,21 @@ class Batcher:
         if num_running >= self.limits.max_running:
             return
         for sequence in self._next_waiting(num_running):
+            if num_running == 0:
+                self._evict_waiting_for(sequence)
             if num_running >= self.limits.max_running or not self._fits_now(sequence, num_running):
                 return
             self._take_blocks(sequence, max(0, self.limits.blocks_of(sequence.known_tokens) - sequence.num_blocks))
             sequence.is_running = True
             num_running += 1
+
+    def _evict_waiting_for(self, first: Sequence) -> None:
+        """Nobody runs, so nobody will free a block: of those that came with their KV and wait, the youngest give way."""
+        holders = [other for other in self._sequences.values() if other.num_blocks and other.age > first.age]
+        while holders and not self._fits_now(first, 0):
+            youngest = max(holders, key=lambda other: other.age)
+            holders.remove(youngest)
+            self._evict(youngest)
 
     def _next_waiting(self, num_running: int) -> list[Sequence]:
         """Who may start, oldest first. Nobody joins a static batch; one that was interrupted goes on as it was."""

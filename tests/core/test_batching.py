@@ -255,6 +255,27 @@ def test_moved_sequences_beyond_max_running_wait_with_their_kv() -> None:
     assert 0 == batcher.num_evictions
 
 
+def test_waiting_sequences_with_kv_give_way_to_an_older_one_without() -> None:
+    """Tests that KV that was moved here and only waits cannot keep the pool from the oldest sequence for ever."""
+    limits = BatchLimits(num_blocks=12, max_running=2)
+    batcher, rank = Batcher(limits), Rank(limits)
+    moved = [sequence(index, prompt=60) for index in (1, 2)]
+    for one in moved:
+        one.num_tokens = one.durable_tokens = 1
+        one.kv_tokens = rank.kv_tokens[one.key] = 60
+        assert batcher.admit(one)
+    recomputed = sequence(0, prompt=90)
+    assert batcher.admit(recomputed)
+    assert batcher.free_blocks < limits.blocks_of(recomputed.known_tokens)
+
+    for _ in drive(batcher, rank, random.Random(0)):
+        pass
+
+    assert not list(batcher.sequences())
+    assert batcher.free_blocks == limits.num_blocks
+    assert [one.kv_generation for one in moved] == [0, 1], "only the youngest had to give way"
+
+
 def test_close_frees_at_once_or_after_the_micro_batch() -> None:
     """Tests that a closed choice gives its blocks back, one that is out with a micro-batch when that is back."""
     batcher = Batcher(LIMITS)
