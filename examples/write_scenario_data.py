@@ -5,6 +5,7 @@
 A test fails when a file differs from what this writes.
 """
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -48,6 +49,12 @@ def zones() -> str:
     return trace_json(zone_trace(hazards, duration_s=21_600.0, seed=3, unnoticed_share=0.1, name="three-zones"))
 
 
+def zone(*runs: tuple[int, int]) -> str:
+    """Nodes of one zone as (count, five-minute samples of it), in the format of the SkyPilot spot traces."""
+    counts = [count for count, samples in runs for _ in range(samples)]
+    return json.dumps({"metadata": {"gap_seconds": 300}, "data": counts}) + "\n"
+
+
 def gpt_requests() -> str:
     """The paper's lengths and mean rate, arrivals Poisson."""
     lengths = FixedLengths(prompt_tokens=512, output_tokens=128)
@@ -60,6 +67,9 @@ FILES: dict[str, Callable[[], str]] = {
     "b_s.json": lambda: counted(B_S, name="B_S", end_s=1020.0),
     "three-zones.json": zones,
     "gpt-20b-requests.json": gpt_requests,
+    "zone-l40s.json": lambda: zone((2, 10), (3, 4), (1, 4), (2, 6)),
+    "zone-a10g.json": lambda: zone((4, 7), (1, 3), (4, 14)),
+    "zone-spare.json": lambda: zone((0, 3), (3, 13), (0, 3), (2, 5)),
 }
 
 

@@ -7,7 +7,7 @@ import random
 from spotserve.core.cost import replica_shards
 from spotserve.core.ids import GpuId, InstanceId, ReplicaId, RequestId
 from spotserve.core.plan import Plan, PlanningProblem, Trigger
-from spotserve.core.slices import kv_block_bytes, layer_split, shard_bytes
+from spotserve.core.slices import Shard, kv_block_bytes, layer_split, shard_bytes, shard_slices
 from spotserve.core.snapshot import (
     ChoiceProgress,
     Gpu,
@@ -238,6 +238,14 @@ def with_memory(problem: PlanningProblem, memory_bytes: int) -> PlanningProblem:
         for one in problem.snapshot.world.instances
     )
     world = problem.snapshot.world.model_copy(update={"instances": instances})
+    return problem.model_copy(update={"snapshot": problem.snapshot.model_copy(update={"world": world})})
+
+
+def with_left_over(problem: PlanningProblem, gpu: str, shard: Shard) -> PlanningProblem:
+    """The same cluster, but that a GPU without a position still holds a shard's slices of an aborted plan."""
+    world = problem.snapshot.world
+    left_over = Holding(gpu=GpuId(gpu), slices=tuple(shard_slices(problem.spec.model, shard)))
+    world = world.model_copy(update={"holdings": (*world.holdings, left_over)})
     return problem.model_copy(update={"snapshot": problem.snapshot.model_copy(update={"world": world})})
 
 

@@ -301,7 +301,7 @@ class Daemon:
 
     async def load(self, load_rps: float) -> None:
         """A trace says what load to plan for."""
-        await self._world.tell(ev.LoadSampled(at_s=self._world.at_s(), load_rps=load_rps))
+        await self._world.tell(ev.LoadSampled(at_s=self._world.at_s(), load_rps=load_rps, told=True))
 
     async def snapshot(self) -> tuple[dict[str, Any], Snapshot]:
         """The spec and the snapshot of this moment."""

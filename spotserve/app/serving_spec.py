@@ -88,7 +88,7 @@ def _limits(options: RunOptions, model: ModelSpec) -> Limits:
             f"--max-model-len {max_model_len} exceeds the model's {model.max_model_len}",
             hint=f"choose --max-model-len up to {model.max_model_len}",
         )
-    return size_limits(
+    limits = size_limits(
         model,
         gpu_memory_bytes=gpu_memory_bytes(options),
         num_gpus=options.instances * options.gpus_per_instance,
@@ -97,6 +97,7 @@ def _limits(options: RunOptions, model: ModelSpec) -> Limits:
         degrees=(options.data, options.pipeline, options.tensor),
         weight_copies=weight_copies(options.linear),
     )
+    return limits.model_copy(update={"spare_instances": options.spare_instances})
 
 
 def _described(inputs: Inputs, dtype: str | None, cache: Path) -> ModelSpec:

@@ -219,6 +219,7 @@ SETTINGS = (
     Setting("port", "port", integer(0, 65535)),
     Setting("max_model_len", "max_model_len", integer(1, 2**24)),
     Setting("max_num_seqs", "max_num_seqs", integer(1, 4096)),
+    Setting("spare_instances", "spare_instances", integer(0, 1024)),
     Setting("max_queue", "max_queue", integer(1, 1_000_000)),
     Setting("served_model_name", "served_model_name", parse_text),
     Setting("api_key", "api_key", parse_text, secret=True),

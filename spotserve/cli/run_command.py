@@ -79,6 +79,9 @@ def run(
     max_num_seqs: Annotated[
         str | None, typer.Option(metavar="B", help="Most running sequences of a replica [default: 8].")
     ] = None,
+    spare_instances: Annotated[
+        str | None, typer.Option(metavar="N", help="Give idle instances back but for so many [default: keep all].")
+    ] = None,
     max_queue: Annotated[
         str | None, typer.Option(metavar="N", help="Most waiting requests; beyond it 429 [default: 1024].")
     ] = None,
@@ -136,6 +139,7 @@ def run(
         "port": port,
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
+        "spare_instances": spare_instances,
         "max_queue": max_queue,
         "served_model_name": served_model_name,
         "api_key": api_key,

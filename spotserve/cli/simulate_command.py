@@ -40,7 +40,10 @@ def simulate(
     ] = None,
     seed: Annotated[str | None, typer.Option(metavar="S", help="The first seed [default: the scenario's].")] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Write result.json, report.html and pictures.")
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="DIR", help="Write result.json, report.html, pictures, trace and requests."
+        ),
     ] = None,
     swarm: Annotated[
         str | None,
@@ -113,8 +116,11 @@ def compare_policies(
     comparison = simulated(scenarios)
     if out is not None:
         from spotserve.cli.drawing.simulation import simulation_files
+        from spotserve.cloud.traces import trace_json
+        from spotserve.sim.workloads import workload_json
 
-        write_files(out, {"result.json": canonical_json(comparison), **simulation_files(comparison)})
+        played = {"trace.json": trace_json(first.trace), "workload.json": workload_json(first.workload)}
+        write_files(out, {"result.json": canonical_json(comparison), **played, **simulation_files(comparison)})
     typer.echo(canonical_json(comparison) if wanted == "json" else simulation_text(comparison), nl=False)
     tell_unanswered(comparison)
 
@@ -132,6 +138,11 @@ def require_policies(scenario: Scenario, names: Sequence[str], *, origin: str) -
             raise SpecError(
                 f"{origin} {ONDEMAND} needs a number of instances, and the scenario has no ondemand_instances",
                 hint="add a line like ondemand_instances = 4 before the first table of the scenario",
+            )
+        if name.removesuffix(STATIC) == "paper" and any(event.gpu_type for event in scenario.trace.events):
+            raise SpecError(
+                f"{origin} {name} plans for one GPU type only, and trace {scenario.trace.name} has several",
+                hint="live, reroute and reparallelize know several types",
             )
 
 

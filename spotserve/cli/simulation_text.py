@@ -52,6 +52,7 @@ def facts_text(comparison: Json) -> str:
         ("profile", facts["profile"]),
         ("", facts["profile_source"]),
         ("instances", hardware_text(facts)),
+        *(("", type_text(name, machine)) for name, machine in facts["hardware"].get("types", {}).items()),
         ("trace", facts["trace"]),
         ("", facts["trace_source"]),
         *(("", note) for note in facts["trace_notes"]),
@@ -87,8 +88,18 @@ def hardware_text(facts: Json) -> str:
     fleet = f"; policy ondemand keeps {ondemand} on-demand ones instead" if ondemand is not None else ""
     return (
         f"{gpus} of {size_text(hardware['gpu_memory_bytes'])}, up after {hardware['start_s']:g} s,"
-        f" {hardware['spot_usd_per_hour']:g} USD/h spot, {hardware['ondemand_usd_per_hour']:g} on demand{fleet}"
+        f" {_prices_text(hardware)}{fleet}"
     )
+
+
+def type_text(name: str, machine: Json) -> str:
+    """The same of another GPU type."""
+    gpus = count_text(machine["gpus_per_instance"], "GPU")
+    return f"{name}: {gpus} of {size_text(machine['gpu_memory_bytes'])}, {_prices_text(machine)}"
+
+
+def _prices_text(machine: Json) -> str:
+    return f"{machine['spot_usd_per_hour']:g} USD/h spot, {machine['ondemand_usd_per_hour']:g} on demand"
 
 
 def requests_text(facts: Json) -> str:

@@ -16,10 +16,6 @@ KV_GENERATIONS_PER_ADMISSION = 1_000_000
 for an earlier admission can be taken for that of a later one."""
 
 
-WAITING_BATCHES = 2
-"""Static batches of a replica: the one that runs, and one that waits."""
-
-
 def admit(before: ClusterState, state: ClusterState, event: ev.Event) -> Iterator[cmd.Command]:
     """Hand waiting requests to replicas with room: interrupted ones first, then by arrival."""
     if isinstance(event, ev.CoordinatorRestarted):
@@ -56,8 +52,9 @@ def _shared_out(state: ClusterState, waiting: list[Request]) -> dict[ReplicaId, 
 def _whole_batches(state: ClusterState, waiting: list[Request]) -> dict[ReplicaId, list[Request]]:
     """Static batches as the paper's artifact hands them out: a power of two, at most B, to each replica that runs none.
 
-    When none is idle the one with the fewest gets more, until each has a full batch waiting beside the one that runs.
+    When none is idle the one with the fewest gets more, until each holds as many batches' worth as it may.
     """
+    most_batches = 0 if state.spec is None else state.spec.limits.static_batches
     left = list(waiting)
     owned = {replica.id: replica.max_running - _room(state, replica) for replica in state.serving()}
     batches: dict[ReplicaId, list[Request]] = {}
@@ -66,7 +63,7 @@ def _whole_batches(state: ClusterState, waiting: list[Request]) -> dict[ReplicaI
             count = 1 << (min(len(left), replica.max_running).bit_length() - 1)
             batches[replica.id], left = left[:count], left[count:]
             owned[replica.id] = count
-    most = {replica.id: WAITING_BATCHES * replica.max_running for replica in state.serving()}
+    most = {replica.id: most_batches * replica.max_running for replica in state.serving()}
     while left and (open_ids := [name for name in owned if owned[name] < most[name]]):
         name = min(open_ids, key=lambda one: (owned[one], one))
         batches.setdefault(name, []).append(left.pop(0))

@@ -429,7 +429,7 @@ class Batcher:
             num_running += 1
 
     def _evict_waiting_for(self, first: Sequence) -> None:
-        """Nobody runs, so nobody will free a block: of those that came with their KV and wait, the youngest give way."""
+        """Nobody runs, so nobody will free a block: of those that wait with their KV, the youngest give way."""
         holders = [other for other in self._sequences.values() if other.num_blocks and other.age > first.age]
         while holders and not self._fits_now(first, 0):
             youngest = max(holders, key=lambda other: other.age)

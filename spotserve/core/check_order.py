@@ -123,7 +123,10 @@ def _strangers(facts: Facts) -> Iterator[Finding]:
             message = f"{new.replica} is not a new replica of the target"
             yield Finding(code="double_owner", step=new.id, path=f"steps[{number}]", message=message)
     for number, last in facts.of(Quiesce, Release):
-        yield from _old_position_named(facts, last, number)
+        if isinstance(last, Release) and last.replica in facts.fresh:
+            yield from _room_made(facts, last, number)
+        else:
+            yield from _old_position_named(facts, last, number)
     for number, one in facts.of(Reserve, JoinGroup, Activate):
         if one.replica in facts.fresh:
             yield from _seat_named(facts, one, number)
@@ -147,6 +150,23 @@ def _old_position_named(facts: Facts, step: Quiesce | Release, number: int) -> I
     elif isinstance(step, Release) and step.workers[0] not in replica.gpus:
         message = f"{step.workers[0]} has no position in {replica.id}"
     elif isinstance(step, Release) and step.generation != replica.generation:
+        message = f"generation {step.generation} is not {replica.id}'s {replica.generation}"
+    else:
+        return
+    yield Finding(code="double_owner", step=step.id, path=f"steps[{number}]", message=message)
+
+
+def _room_made(facts: Facts, step: Release, number: int) -> Iterator[Finding]:
+    """Left-over weights go for a new position of a GPU that has no old one: there they go with the last release."""
+    replica = facts.fresh[step.replica]
+    gpu = step.workers[0]
+    if gpu not in replica.gpus:
+        message = f"{gpu} has no position in {replica.id}"
+    elif gpu in facts.old_seat:
+        message = f"{gpu} frees what belongs to {facts.old_seat[gpu].replica} in the name of {replica.id}"
+    elif step.kv or step.keep_blocks is not None:
+        message = f"{gpu} has no old KV pool to free for {replica.id}"
+    elif step.generation != replica.generation:
         message = f"generation {step.generation} is not {replica.id}'s {replica.generation}"
     else:
         return

@@ -1,17 +1,20 @@
 """The cost model: how long a configuration takes per request, how much it serves, and what it needs of memory.
 
 Queue-aware where SpotServe's is not (Miao et al., ASPLOS'24, section 3.2 minimises execution time alone): a request
-waits as in an M/M/c queue with one server per running sequence, and P micro-batches are in flight, so the slowest
-stage bounds throughput and not the sum of the stages. Configure, the simulator and the reports use this one model.
+waits as in an M/M/c queue with one server per running sequence, decodes only while no other prompt is computed, and P
+micro-batches are in flight, so the slowest stage bounds throughput and not the sum of the stages. Configure, the
+simulator and the reports use this one model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, sqrt
 
+from spotserve.core.ids import GpuId
 from spotserve.core.slices import Shard, kv_block_bytes, layer_split, shard_bytes, stage_shard
+from spotserve.core.snapshot import Replica
 from spotserve.core.spec import LatencyPoint, Limits, ModelSpec, Profile, ServingSpec
 
 SERVES_MARGIN = 1.05
@@ -19,6 +22,9 @@ SERVES_MARGIN = 1.05
 
 OCCUPANCY_ROUNDS = 4
 """Rounds of the fixed point between latency and running sequences (Little's law); it settles in two or three."""
+
+MOST_PREFILL_SHARE = 0.9
+"""Beyond, answers would never end; what computes prompts for so long serves no load anyway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +78,23 @@ def balanced(model: ModelSpec, *, pipeline: int, tensor: int) -> PipelineShape:
     return PipelineShape(tensor, tuple(StageLoad(stop - start) for start, stop in runs))
 
 
+def shape_of(replica: Replica, types: Mapping[GpuId, str], profile: Profile) -> PipelineShape:
+    """A replica's stages as the cost model takes them; a stage over several types is as slow as the slowest."""
+
+    def slowest(gpus: Iterable[GpuId]) -> str:
+        names = sorted({types.get(gpu, "") for gpu in gpus})
+        return (
+            names[0]
+            if len(names) == 1
+            else max(names, key=lambda name: layer_ms(profile, tokens=1, tensor=replica.tensor, device=name))
+        )
+
+    return PipelineShape(
+        replica.tensor,
+        tuple(StageLoad(stage.layers[1] - stage.layers[0], slowest(stage.gpus)) for stage in replica.stages),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class LatencyCurve:
     """Milliseconds of a decoder layer over the number of rows, at one tensor degree on one GPU type."""
@@ -100,7 +123,10 @@ def latency_curve(profile: Profile, *, tensor: int, device: str = "") -> Latency
 
 def layer_ms(profile: Profile, *, tokens: int, tensor: int, device: str = "") -> float:
     """Milliseconds of one decoder layer for a forward of `tokens` rows, as `latency_curve` has it."""
-    return latency_curve(profile, tensor=tensor, device=device).ms(tokens)
+    known, key = profile.layer_ms_of, (device, tensor, tokens)
+    if key not in known:
+        known[key] = latency_curve(profile, tensor=tensor, device=device).ms(tokens)
+    return known[key]
 
 
 def _along_tokens(points: tuple[LatencyPoint, ...], tokens: int) -> float:
@@ -215,16 +241,28 @@ def _pool_request_ms(
 ) -> float:
     if load_rps <= 0:
         return pipeline_execution_ms(spec, pool.shape, workload, running=1)
+    left = 1.0 - prefill_share(spec, pool, workload, load_rps=load_rps)
     running = 1
     for _ in range(OCCUPANCY_ROUNDS):
-        busy_s = pipeline_execution_ms(spec, pool.shape, workload, running=running) / 1000.0
+        busy_s = pipeline_execution_ms(spec, pool.shape, workload, running=running) / left / 1000.0
         running = min(pool.max_running, max(1, ceil(load_rps / pool.data * busy_s)))
-    execution = pipeline_execution_ms(spec, pool.shape, workload, running=running)
+    execution = pipeline_execution_ms(spec, pool.shape, workload, running=running) / left
     servers = pool.data * pool.max_running
     utilisation = load_rps / capacity_rps
     crowding: float = utilisation ** (sqrt(2.0 * (servers + 1)) - 1.0)
     waiting = execution * crowding / (servers * (1.0 - utilisation))
     return waiting + execution
+
+
+def prefill_share(spec: ServingSpec, pool: Pool, workload: Workload, *, load_rps: float) -> float:
+    """The share of its time that a stage computes prompts of requests that come later: all who decode wait for them.
+
+    A static batch has the pipeline to itself.
+    """
+    if spec.limits.batching == "static":
+        return 0.0
+    prompt_ms = slowest_stage_ms(spec, pool.shape, tokens=max(1, workload.prompt_tokens))
+    return min(MOST_PREFILL_SHARE, load_rps / pool.data * (prompt_ms / 1000.0))
 
 
 def sequence_blocks(limits: Limits) -> int:

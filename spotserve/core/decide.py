@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from spotserve.core import commands as cmd
 from spotserve.core import events as ev
 from spotserve.core.admission import admit
+from spotserve.core.fleet import hold_fleet, is_declined
 from spotserve.core.ids import InstanceId, RequestId
 from spotserve.core.observe import observe
 from spotserve.core.plan_run import drive_run
 from spotserve.core.planning import answer_triggers, make_plan
 from spotserve.core.record import record
-from spotserve.core.state import ClusterState, Request
+from spotserve.core.state import GIVEN_BACK, ClusterState, Request
 
 RESTART_PATIENCE_S = 60.0
 """How long a first placement, interrupted by a restart, waits for instances that have not joined."""
@@ -41,7 +42,10 @@ def _instances(before: ClusterState, state: ClusterState, event: ev.Event) -> It
         yield cmd.SetTimer(timer="patience", at_s=state.at_s + event.patience_s)
     for name, instance in state.instances.items():
         if name not in before.instances:
-            yield cmd.LaunchInstance(instance=name, market=instance.market)
+            if is_declined(state, name):
+                yield cmd.KillInstance(instance=name, reason=GIVEN_BACK)
+            else:
+                yield cmd.LaunchInstance(instance=name, market=instance.market)
     if isinstance(event, ev.KillRequested) and _living(state, event.instance):
         yield cmd.KillInstance(instance=event.instance, reason="killed")
     if isinstance(event, ev.NoticeReceived) and _living(state, event.instance):
@@ -117,4 +121,4 @@ def _stopping(before: ClusterState, state: ClusterState, event: ev.Event) -> Ite
         yield cmd.StopService()
 
 
-POLICIES = (_instances, _fences, _requests, make_plan, drive_run, answer_triggers, admit, _stopping)
+POLICIES = (_instances, _fences, _requests, make_plan, drive_run, answer_triggers, admit, hold_fleet, _stopping)

@@ -228,10 +228,11 @@ class LedgerDurable(EventBase):
 
 
 class LoadSampled(EventBase):
-    """Arrivals per second over the last window."""
+    """Arrivals per second over the last window; or as somebody `told` them, who is taken at their word."""
 
     kind: Literal["load_sampled"] = "load_sampled"
     load_rps: float = Field(ge=0)
+    told: bool = Field(default=False, exclude_if=lambda told: not told)
 
 
 class TimerFired(EventBase):

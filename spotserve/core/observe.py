@@ -8,9 +8,21 @@ from typing import Any
 from spotserve.core import events as ev
 from spotserve.core.ids import InstanceId, ReplicaId, RequestId, entry_of, instance_of
 from spotserve.core.lifecycles import INSTANCE, REPLICA, REQUEST, can_fire, fire
-from spotserve.core.plan import Activate, CopyKv, CopyKvDelta, CopyWeights, JoinGroup, LoadWeights, Reserve, Step
+from spotserve.core.load import load_to_serve, sampled
+from spotserve.core.plan import (
+    Activate,
+    CopyKv,
+    CopyKvDelta,
+    CopyWeights,
+    JoinGroup,
+    LoadWeights,
+    Release,
+    Reserve,
+    Step,
+)
 from spotserve.core.snapshot import Gpu
 from spotserve.core.state import (
+    RELEASE_TRIES,
     TRIGGER_RANK,
     ClusterState,
     Instance,
@@ -68,7 +80,7 @@ def _restarted(state: ClusterState, event: ev.CoordinatorRestarted) -> ClusterSt
         state = raise_trigger(state, "notice")
     # An instance that did not dial in again is about to be told lost: it does not count any more.
     present = [i for i in state.living() if all(gpu.id in event.workers for gpu in i.gpus)]
-    missing = max(0, event.num_instances - len(present))
+    missing = max(0, event.num_instances - state.given_back - len(present))
     for _ in range(missing):
         state = _add_instance(state, "spot")
     if state.serving():
@@ -345,6 +357,12 @@ def _step_failed(state: ClusterState, event: ev.StepFailed) -> ClusterState:
     if run.committed:
         if step.kind == "activate" and (entry := state.replicas.get(step.replica)) is not None:
             state = raise_trigger(lose_replica(state, entry), "lost")
+        if isinstance(step, Release):
+            failed = {**run.failed_releases, step.id: run.failed_releases.get(step.id, 0) + 1}
+            run = run.model_copy(update={"failed_releases": failed})
+            if failed[step.id] < RELEASE_TRIES:
+                return state.model_copy(update={"run": run})  # Still to be done: `plan_run` asks for it again.
+            return _with_step(state, run, step)
         return _with_step(state, run, step) if state.run is run else _with_step(state, state.run or run, step)
     return state
 
@@ -395,9 +413,12 @@ def _durable(state: ClusterState, event: ev.LedgerDurable) -> ClusterState:
 
 
 def _load(state: ClusterState, event: ev.LoadSampled) -> ClusterState:
-    state = state.model_copy(update={"load_rps": event.load_rps})
+    loads = sampled(() if event.told else state.loads, event.at_s, event.load_rps)
+    state = state.model_copy(update={"load_rps": event.load_rps, "loads": loads})
+    load_rps = load_to_serve(state)
     reference = max(state.planned_load_rps, 0.05)
-    changed = event.load_rps > 1.5 * reference or event.load_rps < 0.5 * state.planned_load_rps
+    changed = load_rps > 1.5 * reference or load_rps < 0.5 * state.planned_load_rps
+    changed = changed or (event.told and event.load_rps != state.planned_load_rps)
     return raise_trigger(state, "load") if changed and state.epoch and state.serving() else state
 
 

@@ -19,9 +19,18 @@ LogFormat = Literal["console", "json"]
 POLICY_NAMES = ("live", "paper", "reroute", "reparallelize")
 SOLVER_NAMES: dict[str, tuple[str, ...]] = {
     "configure": ("cpsat", "enumerate", "paper", "paper-as-published"),
-    "place": ("makespan", "reuse", "paper", "rank-order"),
-    "migrate": ("layered", "maxflow", "prefix_lp", "first_holder", "paper"),
-    "arrange": ("scan", "paper"),
+    "place": ("makespan", "reuse", "paper", "paper-artifact", "rank-order"),
+    "migrate": (
+        "layered",
+        "maxflow",
+        "prefix_lp",
+        "first_holder",
+        "paper",
+        "paper-artifact",
+        "paper-unplanned",
+        "paper-first-holder",
+    ),
+    "arrange": ("scan", "paper", "paper-as-published", "discard"),
     "ladder": ("priced", "longest_first"),
 }
 """By kind. The registry in solvers/ brings ortools, which the coordinator never loads; a test keeps the two equal."""
@@ -71,6 +80,8 @@ class RunOptions(Frozen):
     port: int = Field(default=8000, ge=0, le=65535)
     max_model_len: int | None = Field(default=None, ge=1)
     max_num_seqs: int = Field(default=8, ge=1)
+    spare_instances: int | None = Field(default=None, ge=0, le=1024)
+    """Idle instances that are kept for the next preemption, more are given back; None: all are kept."""
     max_queue: int = Field(default=1024, ge=1)
     served_model_name: str | None = None
     api_key: str | None = Field(default=None, min_length=1, repr=False)

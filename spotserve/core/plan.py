@@ -181,7 +181,8 @@ class Release(StepBase):
 
     `slices` are the weights to free; `kv` says that the generation's KV pool is freed with them (in_place plans also
     release weights layer by layer, the pool once). With `keep_blocks` (in_place, behind the commit) the pool shrinks
-    to so many blocks, into which what its requests have moves together.
+    to so many blocks, into which what its requests have moves together. One that names a new replica makes room for it:
+    its worker had no position and frees weights that an aborted plan left there.
     """
 
     kind: Literal["release"] = "release"
@@ -214,6 +215,8 @@ WEIGHT_KINDS = ("copy_weights", "load_weights")
 KV_KINDS = ("copy_kv", "copy_kv_delta")
 COPY_KINDS = ("copy_weights", *KV_KINDS)
 """Step kinds with a source and a destination."""
+TRANSFER_KINDS = (*WEIGHT_KINDS, *KV_KINDS)
+"""What moves bytes."""
 PREPARING_KINDS = (*WEIGHT_KINDS, "copy_kv")
 """What moves bytes while the old replica decodes, if the plan is live."""
 
@@ -295,8 +298,9 @@ class Plan(Frozen):
     @cached_property
     def last_releases(self) -> frozenset[StepId]:
         """Of each worker and old replica the release that ends the position; in_place plans free parts of it before."""
-        last = {(step.workers, step.replica): step.id for step in self.steps if isinstance(step, Release)}
-        return frozenset(last.values())
+        new = {replica.id for replica in self.target.replicas if replica.generation == self.epoch.to}
+        releases = [step for step in self.steps if isinstance(step, Release) and step.replica not in new]
+        return frozenset({(step.workers, step.replica): step.id for step in releases}.values())
 
     @cached_property
     def followed(self) -> Mapping[StepId, StepId]:

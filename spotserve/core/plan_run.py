@@ -15,6 +15,7 @@ from spotserve.core.wire import ChoicePosition
 
 RETRY_S = 0.5
 MAX_RETRY_S = 10.0
+RELEASE_AGAIN_S = 0.25
 RUN_PATIENCE_S = 60.0
 DEADLINE_MARGIN_S = 0.3
 """Before the instance is taken: what the last steps of a plan need to be over."""
@@ -59,9 +60,23 @@ def drive_run(before: ClusterState, state: ClusterState, event: ev.Event) -> Ite
     if reason is not None:
         yield from _abort(state, run, reason)
         return
+    yield from _release_again(state, run, event)
     if run.committed and before.run is not None and before.run.committed:
         yield from _admit_moved(state, run, lambda replica: _kv_arrived(run, replica, before=before.run))
     yield from _advance(state, run, _enabled_by(run.plan, event))
+
+
+def _release_again(state: ClusterState, run: PlanRun, event: ev.Event) -> Iterator[cmd.Command]:
+    """Ask again for a release that failed, later each time: else its worker would keep that memory for ever."""
+    if isinstance(event, ev.StepFailed) and event.epoch == run.epoch and event.step in run.failed_releases:
+        if run.steps[event.step] == "running":
+            delay_s = RELEASE_AGAIN_S * 2.0 ** (run.failed_releases[event.step] - 1)
+            yield cmd.SetTimer(timer=f"release:{run.epoch}:{event.step}", at_s=state.at_s + delay_s)
+    elif isinstance(event, ev.TimerFired) and event.timer.startswith(f"release:{run.epoch}:"):
+        name = event.timer.rpartition(":")[2]
+        step = next(step for step in run.plan.steps if step.id == name)
+        if run.steps[step.id] == "running":
+            yield _execution(state, run, step)
 
 
 def _enabled_by(plan: Plan, event: ev.Event) -> Sequence[Step]:

@@ -8,6 +8,7 @@ from spotserve.core import commands as cmd
 from spotserve.core import events as ev
 from spotserve.core.admission import by_arrival
 from spotserve.core.ids import RequestId, entry_of
+from spotserve.core.load import load_to_serve
 from spotserve.core.plan import Plan, Trigger
 from spotserve.core.plan_run import begin, retry_at_s
 from spotserve.core.snapshot import ChoiceProgress, RequestProgress, Snapshot
@@ -88,7 +89,7 @@ def _solve(state: ClusterState, event: ev.SnapshotTaken) -> Iterator[cmd.Command
         for request in by_arrival(state.requests.values())
     )
     world = world_of(state).model_copy(update={"holdings": event.holdings})
-    snapshot = Snapshot(world=world, requests=requests, load_rps=state.load_rps)
+    snapshot = Snapshot(world=world, requests=requests, load_rps=load_to_serve(state))
     yield cmd.SolvePlan(
         snapshot=snapshot, trigger=planning.trigger, epoch_to=planning.epoch_to, membership=state.membership
     )

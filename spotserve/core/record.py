@@ -7,8 +7,19 @@ from typing import Any
 
 from spotserve.core import commands as cmd
 from spotserve.core.lifecycles import PLAN_RUN, REPLICA, REQUEST, can_fire, fire
+from spotserve.core.load import load_to_serve
 from spotserve.core.plan import Plan
-from spotserve.core.state import ClusterState, Disturbance, Migration, Planning, PlanRun, ReplicaEntry, TriggerKind
+from spotserve.core.state import (
+    GIVEN_BACK,
+    ClusterState,
+    Disturbance,
+    Instance,
+    Migration,
+    Planning,
+    PlanRun,
+    ReplicaEntry,
+    TriggerKind,
+)
 
 
 def record(state: ClusterState, command: cmd.Command) -> ClusterState:
@@ -26,8 +37,8 @@ def _snapshot(state: ClusterState, command: cmd.TakeSnapshot) -> ClusterState:
 
 def _solve(state: ClusterState, command: cmd.SolvePlan) -> ClusterState:
     assert state.planning is not None
-    update = {"planning": state.planning.model_copy(update={"phase": "solve"}), "planned_load_rps": state.load_rps}
-    return state.model_copy(update=update)
+    planning = state.planning.model_copy(update={"phase": "solve"})
+    return state.model_copy(update={"planning": planning, "planned_load_rps": load_to_serve(state)})
 
 
 def _begin(state: ClusterState, command: cmd.BeginRun) -> ClusterState:
@@ -199,8 +210,18 @@ def _drop_plan(state: ClusterState, command: cmd.DropPlan) -> ClusterState:
     return state.model_copy(update=update)
 
 
+def _launch(state: ClusterState, command: cmd.LaunchInstance) -> ClusterState:
+    """One that is not known yet is asked for again."""
+    if command.instance in state.instances:
+        return state
+    asked = Instance(id=command.instance, market=command.market)
+    return state.with_instance(asked).model_copy(update={"given_back": state.given_back - 1})
+
+
 def _kill(state: ClusterState, command: cmd.KillInstance) -> ClusterState:
     instance = state.instances[command.instance]
+    if command.reason == GIVEN_BACK and instance.condemned is None:
+        state = state.model_copy(update={"given_back": state.given_back + 1})
     return state.with_instance(instance.model_copy(update={"condemned": command.reason}))
 
 
@@ -226,6 +247,7 @@ _RECORDERS: dict[str, Callable[[ClusterState, Any], ClusterState]] = {
     "admit_requests": _admit,
     "set_timer": _timer,
     "drop_plan": _drop_plan,
+    "launch_instance": _launch,
     "kill_instance": _kill,
     "end_request": _end_request,
     "stop_service": _stop,

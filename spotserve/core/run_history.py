@@ -128,6 +128,8 @@ def _ordered(run: RunRecord, command: cmd.Command, at_s: float) -> None:
     """Note what a command does to a step or a phase of the run."""
     if isinstance(command, cmd.ExecuteStep):
         record = run.steps.setdefault(command.step.id, StepRecord())
+        if record.outcome == "failed":  # Asked for again.
+            record.outcome, record.error, record.answered_at_s = "running", None, None
         if record.ordered_at_s is None:
             record.ordered_at_s = at_s
             record.outcome = "running"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -183,6 +183,11 @@ class Profile(Frozen):
             for name, latencies in by_type.items()
         }
 
+    @cached_property
+    def layer_ms_of(self) -> dict[tuple[str, int, int], float]:
+        """What the cost model has found of (GPU type, tensor degree, rows) so far: milliseconds of a layer."""
+        return {}
+
     def price_of(self, gpu_type: str) -> float | None:
         """US dollars per hour of a GPU of a type; None if nobody said."""
         device = self.device_of(gpu_type)
@@ -206,6 +211,14 @@ class Limits(Frozen):
     migration_headroom_bytes: int = Field(default=0, ge=0)
     batching: Batching = Field(default="continuous", exclude_if=lambda batching: batching == "continuous")
     """`static` batches are those of the SpotServe paper's artifact; only the simulator knows them."""
+    static_batches: int = Field(default=2, ge=0, le=2, exclude_if=lambda batches: batches == 2)
+    """Static batches' worth of requests that a replica may hold, its running one included; 0: an idle one gets one."""
+    expected_tokens: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = Field(
+        default=None, exclude_if=lambda tokens: tokens is None
+    )
+    """(prompt, output) of an average request, to plan for before any has come; else half a context and a quarter."""
+    spare_instances: int | None = Field(default=None, ge=0, le=1024, exclude_if=lambda spare: spare is None)
+    """Under `live`: idle instances that wait for the next preemption, more are given back; None: all are kept."""
     min_kv_tokens: int = Field(default=0, ge=0)
     """KV tokens one replica must at least hold; 0 means one sequence of `max_model_len`."""
 

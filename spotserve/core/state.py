@@ -20,6 +20,12 @@ TriggerKind = Literal["start", "notice", "lost", "joined", "load"]
 TRIGGER_RANK: dict[str, int] = {"load": 0, "joined": 1, "start": 2, "notice": 3, "lost": 4}
 
 
+RELEASE_TRIES = 5
+
+GIVEN_BACK = "given back"
+"""Why an instance that nobody needs is killed."""
+
+
 class Instance(Frozen):
     """One instance; gone ones stay listed."""
 
@@ -72,6 +78,8 @@ class PlanRun(Frozen):
     durability: Literal["wanted", "asked", "durable"] = "wanted"
     weight_bytes: int = 0
     kv_bytes: int = 0
+    failed_releases: dict[StepId, int] = {}
+    """Releases behind the commit that failed, and how often: each is asked for again, `RELEASE_TRIES` times in all."""
 
     @property
     def epoch(self) -> int:
@@ -157,9 +165,18 @@ class ClusterState(Frozen):
     migrations: tuple[Migration, ...] = ()
     unattributed: Disturbance = Disturbance()
     load_rps: float = Field(default=0.0, ge=0)
+    loads: tuple[tuple[float, float], ...] = ()
+    """(time, rate) of the samples that count for `peak_rps`."""
+    given_back: int = 0
+    """Instances that were not needed and may be asked for again."""
     planned_load_rps: float = 0.0
     stop_by_s: float | None = None
     stopped: bool = False
+
+    @property
+    def policy(self) -> str:
+        """Who decides: the spec's policy."""
+        return "" if self.spec is None else self.spec.policy
 
     def with_instance(self, instance: Instance) -> ClusterState:
         """The state with one instance replaced."""

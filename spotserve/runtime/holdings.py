@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from spotserve.core.ids import ReplicaId
-from spotserve.core.slices import Shard, Slice, kv_head_range, parameter_of, row_bytes, shard_slices
+from spotserve.core.slices import Shard, Slice, kv_head_range, parameter_of, row_bytes, shard_slices, subtract
 from spotserve.core.spec import KV_BLOCK_TOKENS, ServingSpec
 from spotserve.core.wire import ModelFile, ReserveCommand, RoleReport
 from spotserve.errors import ModelError, SpotServeError
@@ -267,10 +267,12 @@ class Holdings:
         self, replica: ReplicaId, generation: int, slices: Sequence[Slice], *, keep_blocks: int | None
     ) -> None:
         """Free these ranges of a position that has been left, and its pool but for `keep_blocks` blocks (None: nothing
-        of it); the rest can be copied from.
+        of it); the rest can be copied from. Where there is no such position yet, they are left-over slices.
         """
         position = self.position(replica, generation)
         if position is None:
+            with self._lock:
+                self._loose = list(self.weights.give_up(self._loose, slices))
             return
         _retire(position)
         with self._lock:
@@ -331,6 +333,18 @@ class Holdings:
             self.weights.release(self._loose)
             self._loose = []
 
+    def _keep_of_loose(self, needed: Sequence[Slice]) -> None:
+        """Forget slices that belong to no position, but for what one needs that is about to take them over."""
+        kept: dict[tuple[str, int], list[tuple[int, int]]] = {}
+        for piece in needed:
+            kept.setdefault((piece.parameter, piece.dim), []).append((piece.start, piece.stop))
+        dropped = [
+            piece.model_copy(update={"start": start, "stop": stop})
+            for piece in self._loose
+            for start, stop in subtract([(piece.start, piece.stop)], kept.get((piece.parameter, piece.dim), []))
+        ]
+        self._loose = list(self.weights.give_up(self._loose, dropped))
+
     def _check_budget(self, command: ReserveCommand, slices: Sequence[Slice]) -> None:
         stores = {id(position.kv): position.kv.bytes for position in self._positions.values()}
         pools = sum(stores.values())
@@ -338,8 +352,8 @@ class Holdings:
             pools += self._pool_bytes(command)
         held = [piece for position in self._positions.values() for piece in position.slices]
         if pools + self.union_bytes([*held, *slices, *self._loose]) > self._memory_bytes and self._loose:
-            self.drop_loose()
-        needed = pools + self.union_bytes([*held, *slices])
+            self._keep_of_loose(shard_slices(self.spec.model, command.shard))
+        needed = pools + self.union_bytes([*held, *slices, *self._loose])
         if needed > self._memory_bytes:
             raise OverMemoryError(f"over_memory: {needed} bytes needed, the budget is {self._memory_bytes}")
 

@@ -256,6 +256,7 @@ class Leader(ReplicaLoop):
 
     def _iterate(self) -> None:
         while not self._is_stopping:
+            self._keep_pace()
             self._read_mail(wait=False)
             while self._batches and self.place.num_ranks > 1 and self._mesh.poll_control(self.place.sampler):
                 self._collect()
@@ -308,8 +309,7 @@ class Leader(ReplicaLoop):
 
     def _issue(self, batch: MicroBatch) -> None:
         """Send a micro-batch round and compute our own stage of it."""
-        if self._least_iteration_s:
-            self._keep_pace()
+        self._next_issue_s = time.monotonic() + self._least_iteration_s
         run = self._describe(batch)
         self._tell(run)
         self._batches[batch.number] = batch
@@ -320,9 +320,12 @@ class Leader(ReplicaLoop):
             raise InvariantError("the leader of a one-stage replica did not sample")
 
     def _keep_pace(self) -> None:
-        """Sleep for what the last micro-batch lacks of the least time one takes."""
-        time.sleep(max(0.0, self._next_issue_s - time.monotonic()))
-        self._next_issue_s = time.monotonic() + self._least_iteration_s
+        """Sleep for what the last micro-batch lacks of the least time one takes, if another could go out before.
+
+        The mail is read after it: what comes meanwhile is in the next micro-batch, as where a GPU takes that long.
+        """
+        if self._least_iteration_s and self._batcher.num_in_flight < self.place.pipeline:
+            time.sleep(max(0.0, self._next_issue_s - time.monotonic()))
 
     def _describe(self, batch: MicroBatch) -> Run:
         items = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from spotserve.core import commands as cmd
@@ -267,11 +267,17 @@ class LiveWorld:
             elif entry.state == "serving" and states[0] == "quiesced":
                 # It had quiesced for a run that the journal does not know of.
                 self.spawn(self.resume(f"adopt-{self.term}", replica.id, replica.generation))
+        self._free_unknown(f"adopt-{self.term}", roles)
+
+    def _free_unknown(self, command_id: str, roles: Iterable[tuple[GpuId, ReplicaId, int]]) -> None:
+        """Free positions of replicas that are no more; their weights stay as holdings that the next plan may use."""
+        entries = self._state().replicas.values()
+        living = {(entry.replica.id, entry.replica.generation) for entry in entries if entry.state != "lost"}
         for gpu, name, generation in roles:
-            if name not in living or living[name].replica.generation != generation:
+            if (name, generation) not in living:
                 release = wire.ReleaseCommand(
                     term=self.term,
-                    command=f"adopt-{self.term}-{name}-{generation}@{gpu}",
+                    command=f"{command_id}-{name}-{generation}@{gpu}",
                     replica=name,
                     generation=generation,
                     keep_weights=True,
@@ -378,13 +384,17 @@ class LiveWorld:
         )
         holdings: list[Holding] = []
         positions: list[wire.ChoicePosition] = []
+        roles: list[tuple[GpuId, ReplicaId, int]] = []
         for worker, result in zip(workers, replies, strict=True):
             if result is None:
                 continue
+            roles += [(worker, role["replica"], role["generation"]) for role in result["roles"]]
             holdings.append(
                 Holding.model_validate({"gpu": worker, "shards": result["shards"], "slices": result["slices"]})
             )
             positions += [wire.ChoicePosition.model_validate(p) for p in result["positions"]]
+        # A release that failed for good has left a position behind: the plan to come does not count on its memory.
+        self._free_unknown(command_id, roles)
         self.emit(
             ev.SnapshotTaken(at_s=self.at_s(), command=command_id, holdings=tuple(holdings), positions=tuple(positions))
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from typing import Protocol
 
 from spotserve.core.events import Event
 
@@ -13,6 +14,17 @@ Happening = Callable[[], Event | None]
 FIRST = 0
 NORMAL = 1
 LAST = 2
+
+
+class Clock(Protocol):
+    """What a replica needs of virtual time."""
+
+    @property
+    def now_s(self) -> float:
+        """The time."""
+
+    def at(self, at_s: float, happen: Happening) -> None:
+        """Let something happen at `at_s`, now if that has passed."""
 
 
 class Agenda:

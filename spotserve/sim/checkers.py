@@ -393,13 +393,14 @@ def _foreign_token(
 
 
 def check_bounds(entries: Sequence[JournalEntry], streams: Streams) -> Iterator[Violation]:
-    """P5: sequences per replica, tokens per choice, time per run and runs per minute are bounded."""
+    """P5: sequences per replica, tokens per choice, time per run and stop, and runs per minute are bounded."""
     for name, stream in streams.items():
         most = max(Counter(token.choice for token in stream.tokens).values(), default=0)
         if most > stream.max_tokens:
             yield Violation("P5", f"{name} has {most} tokens, max_tokens is {stream.max_tokens}")
     yield from _crowded(entries)
     yield from _endless_runs(entries)
+    yield from _endless_stops(entries)
     yield from _thrashing(entries)
 
 
@@ -450,6 +451,22 @@ def _endless_runs(entries: Iterable[JournalEntry]) -> Iterator[Violation]:
                 run = (command.plan.epoch.to, at_s, patience_s + LATE_MESSAGE_S)
             elif isinstance(command, cmd.CommitRun | cmd.AbortRun | cmd.FinishRun):
                 run = None
+
+
+def _endless_stops(entries: Iterable[JournalEntry]) -> Iterator[Violation]:
+    """A service that is told to stop does so within its drain, whatever is open; a restart ends the stop."""
+    stop: tuple[int, float] | None = None
+    for entry in entries:
+        event = entry.event
+        if stop is not None and event.at_s > stop[1] + LATE_MESSAGE_S:
+            yield Violation("P5", f"the stop of entry {stop[0]} goes on after its drain", entry.sequence)
+            stop = None
+        if isinstance(event, ev.StopRequested):
+            stop = (entry.sequence, event.at_s + event.drain_s)
+        elif isinstance(event, ev.CoordinatorRestarted):
+            stop = None
+        if any(isinstance(command, cmd.StopService) for command in entry.commands):
+            stop = None
 
 
 _MEMBERSHIP = ("worker_registered", "notice_received", "notice_withdrawn", "instance_lost", "replica_broke")

@@ -6,7 +6,7 @@ What an iteration does is the shared batcher's word, how long it takes the profi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from spotserve.core.sampling import SamplingParameters
 from spotserve.core.slices import Shard, Slice, kv_token_bytes, stage_shard
 from spotserve.core.snapshot import Holding, Market, Replica
 from spotserve.core.spec import ServingSpec
-from spotserve.core.state import step_gpus
+from spotserve.core.state import GIVEN_BACK, step_gpus
 from spotserve.core.verdict import blocking, findings_of
 from spotserve.core.wire import ChoicePosition
 from spotserve.errors import SpotServeError
@@ -32,6 +32,7 @@ from spotserve.sim.engine import Durations, SimulatedReplica
 from spotserve.sim.hardware import Hardware
 from spotserve.sim.ledger import Owner, RequestRecord, Sampled, SimulatedLedger
 from spotserve.sim.links import LinkRates, Links
+from spotserve.sim.offers import Machine, Offers
 
 FIRST_PLACEMENT_S = 5.0
 """By then the instances of the beginning serve."""
@@ -47,6 +48,7 @@ class InstanceRecord:
     asked_at_s: float
     ready_at_s: float | None = None
     gone_at_s: float | None = None
+    gpu_type: str = ""
 
 
 @dataclass(slots=True)
@@ -86,8 +88,7 @@ class SimulatedCluster:
         self._load = LoadWindow()
         self._measures_load = True
         self._has_served = False
-        self._began_ondemand: frozenset[InstanceId] = frozenset()
-        self._ready_at_s: dict[InstanceId, float] = {}
+        self._offers = Offers()
         self._held: dict[GpuId, _Held] = {}
         self._alive: set[InstanceId] = set()
         self._replicas: dict[Owner, SimulatedReplica] = {}
@@ -129,9 +130,17 @@ class SimulatedCluster:
 
     # What a scenario does
 
-    def begin(self, num_instances: int, *, ondemand: Collection[InstanceId] = ()) -> None:
-        """Serve: so many instances are up at once, all on spot but for some."""
-        self._began_ondemand = frozenset(ondemand)
+    def begin(
+        self,
+        num_instances: int,
+        *,
+        ondemand: Collection[InstanceId] = (),
+        gpu_types: Mapping[InstanceId, str] | None = None,
+    ) -> None:
+        """Serve: so many instances are up at once, all on spot and of the profile's own GPU type but for some."""
+        for name in (InstanceId(f"i{index}") for index in range(num_instances)):
+            market: Market = "ondemand" if name in ondemand else "spot"
+            self._offers.has(Machine(name, market, (gpu_types or {}).get(name, ""), ready_at_s=0.0), name)
         self.agenda.at(
             0.0,
             lambda: ev.JournalBegun(at_s=self.agenda.now_s, spec=self.spec, num_instances=num_instances),
@@ -146,42 +155,51 @@ class SimulatedCluster:
 
     def request(self, name: str, at_s: float, *, prompt_tokens: int, max_tokens: int, output_tokens: int) -> None:
         """A client asks at `at_s`; the model would end after `output_tokens`."""
-        self.agenda.at(at_s, lambda: self._accept(RequestId(name), prompt_tokens, max_tokens, output_tokens))
+        accepted_at_s = at_s + self.hardware.accept_s
+        self.agenda.at(accepted_at_s, lambda: self._accept(RequestId(name), prompt_tokens, max_tokens, output_tokens))
 
-    def notice(self, at_s: float, instance: InstanceId, grace_s: float) -> None:
-        """The cloud will take an instance."""
-        self.agenda.at(
-            at_s,
-            lambda: (
-                ev.NoticeReceived(at_s=self.agenda.now_s, instance=instance, grace_s=grace_s)
-                if self._lives(instance)
-                else None
-            ),
-        )
-
-    def kill(self, at_s: float, instance: InstanceId) -> None:
-        """The cloud takes an instance unannounced."""
+    def notice(self, at_s: float, machine: InstanceId, grace_s: float) -> None:
+        """The cloud will take a machine."""
 
         def happen() -> ev.Event | None:
-            if self._lives(instance):
+            instance = self._offers.leave(machine)
+            if instance is None or not self._lives(instance):
+                return None
+            return ev.NoticeReceived(at_s=self.agenda.now_s, instance=instance, grace_s=grace_s)
+
+        self.agenda.at(at_s, happen)
+
+    def kill(self, at_s: float, machine: InstanceId) -> None:
+        """The cloud takes a machine unannounced."""
+
+        def happen() -> ev.Event | None:
+            instance = self._offers.leave(machine)
+            if instance is not None and self._lives(instance):
                 self._lose(instance, "taken by the cloud")
             return None
 
         self.agenda.at(at_s, happen)
 
-    def add(self, ready_at_s: float, instance: InstanceId, *, market: Market = "spot") -> None:
-        """An instance is asked for early enough to be ready at `ready_at_s`; they are named in this order.
+    def add(self, ready_at_s: float, name: InstanceId, *, market: Market = "spot", gpu_type: str = "") -> None:
+        """A machine is offered, early enough to be ready at `ready_at_s`.
 
         The controller hears of one that was asked for before the beginning once that is over, as the first placement
         would wait for it.
         """
-        self._ready_at_s[instance] = ready_at_s
-        told_at_s = max(FIRST_PLACEMENT_S, ready_at_s - self.hardware.start_s)
-        self.agenda.at(told_at_s, lambda: ev.InstanceWanted(at_s=self.agenda.now_s, market=market))
+        machine = Machine(name, market, gpu_type, ready_at_s)
+
+        def happen() -> ev.Event | None:
+            instance = self._offers.offer(machine)
+            if instance is None:
+                return ev.InstanceWanted(at_s=self.agenda.now_s, market=market)
+            self._start(instance, machine)
+            return None
+
+        self.agenda.at(max(FIRST_PLACEMENT_S, ready_at_s - self.hardware.start_s), happen)
 
     def load(self, at_s: float, load_rps: float) -> None:
         """Somebody tells the arrival rate."""
-        self.agenda.at(at_s, lambda: ev.LoadSampled(at_s=self.agenda.now_s, load_rps=load_rps))
+        self.agenda.at(at_s, lambda: ev.LoadSampled(at_s=self.agenda.now_s, load_rps=load_rps, told=True))
 
     def settle(self) -> None:
         """Bring every replica's tokens up to now."""
@@ -200,10 +218,11 @@ class SimulatedCluster:
             RequestRecord(
                 request=name,
                 arrival_index=len(self.ledger.records),
-                arrived_at_s=now_s,
+                arrived_at_s=now_s - self.hardware.accept_s,
                 prompt_tokens=prompt_tokens,
                 max_tokens=max_tokens,
                 output_tokens=min(max_tokens, output_tokens),
+                deliver_s=self.hardware.deliver_s,
             )
         )
         return ev.RequestAccepted(
@@ -216,21 +235,24 @@ class SimulatedCluster:
 
     def _sample_load(self) -> ev.Event | None:
         self.agenda.after(LOAD_PERIOD_S, self._sample_load)
-        load_rps = self._load.news(self.agenda.now_s) if self._replicas and self._measures_load else None
+        load_rps = self._load.news(self.agenda.now_s) if self._has_served and self._measures_load else None
         return None if load_rps is None else ev.LoadSampled(at_s=self.agenda.now_s, load_rps=load_rps)
 
     # Instances
 
     def _launch(self, command_id: str, command: cmd.LaunchInstance) -> None:
+        machine = self._offers.take(command.instance)
+        if machine is not None:
+            self._start(command.instance, machine)
+
+    def _start(self, instance: InstanceId, machine: Machine) -> None:
+        """Rent a machine: it is paid for from now on, or from when it was started to be ready in time."""
         now_s = self.agenda.now_s
-        # What the trace names no time for is there at the beginning, and was started before it.
-        ready_at_s = self._ready_at_s.get(command.instance, now_s)
+        ready_at_s = now_s + self.hardware.start_s if machine.ready_at_s is None else max(now_s, machine.ready_at_s)
         asked_at_s = max(0.0, min(now_s, ready_at_s - self.hardware.start_s))
-        # The journal knows no market of those that it begins with.
-        market: Market = "ondemand" if command.instance in self._began_ondemand else command.market
-        self.instances[command.instance] = InstanceRecord(market, asked_at_s)
-        for index in range(self.hardware.gpus_per_instance):
-            worker = GpuId(f"{command.instance}/{index}")
+        self.instances[instance] = InstanceRecord(machine.market, asked_at_s, gpu_type=machine.gpu_type)
+        for index in range(self.hardware.of(machine.gpu_type).gpus_per_instance):
+            worker = GpuId(f"{instance}/{index}")
             self.agenda.at(ready_at_s, lambda worker=worker: self._register(worker))  # type: ignore[misc]
 
     def _register(self, worker: GpuId) -> ev.Event | None:
@@ -239,19 +261,28 @@ class SimulatedCluster:
             return None
         self._alive.add(instance)
         self._held[worker] = _Held()
-        self.instances[instance].ready_at_s = self.agenda.now_s
+        record = self.instances[instance]
+        record.ready_at_s = self.agenda.now_s
+        machine = self.hardware.of(record.gpu_type)
         return ev.WorkerRegistered(
             at_s=self.agenda.now_s,
             instance=instance,
             worker=worker,
-            num_gpus=self.hardware.gpus_per_instance,
-            memory_bytes=self.hardware.gpu_memory_bytes,
+            num_gpus=machine.gpus_per_instance,
+            memory_bytes=machine.gpu_memory_bytes,
+            gpu_type=record.gpu_type,
             incarnation=f"{worker}@0",
         )
 
     def _kill(self, command_id: str, command: cmd.KillInstance) -> None:
-        if self._lives(command.instance):
-            self._lose(command.instance, command.reason)
+        instance, reason = command.instance, command.reason
+        if instance not in self.instances:
+            self._offers.decline(instance)
+            self._after(0.0, lambda at_s: ev.InstanceLost(at_s=at_s, instance=instance, reason=reason))
+        elif self._lives(instance):
+            if reason == GIVEN_BACK:
+                self._offers.give_back(instance)
+            self._lose(instance, reason)
 
     def _lose(self, instance: InstanceId, reason: str) -> None:
         """All of an instance is gone at once; the failure detector tells a little later."""
@@ -328,12 +359,21 @@ class SimulatedCluster:
 
     def _new_replica(self, replica: Replica) -> SimulatedReplica:
         is_static = self.spec.limits.batching == "static"
-        durations: Durations = PipelineDurations.of(self.spec, replica)
+        durations: Durations = PipelineDurations.of(self.spec, replica, self._types_of(replica), self.hardware)
         if is_static and self._phases is not None:
             durations = PhaseDurations(replica, self._phases)
         return SimulatedReplica(
-            replica, durations=durations, agenda=self.agenda, sink=self, is_static=is_static, jumps=self._jumps
+            replica,
+            durations=durations,
+            agenda=self.agenda,
+            sink=self,
+            is_static=is_static,
+            refill_s=self.hardware.commit_s + 2 * self.hardware.rpc_s,
+            jumps=self._jumps,
         )
+
+    def _types_of(self, replica: Replica) -> dict[GpuId, str]:
+        return {gpu: self.instances[instance_of(gpu)].gpu_type for gpu in replica.gpus}
 
     def _execute(self, command_id: str, command: cmd.ExecuteStep) -> None:
         step, epoch = command.step, command.epoch
@@ -398,9 +438,16 @@ class SimulatedCluster:
         return 0 if old is None else sum(p.kv_tokens - p.kv_tokens % block for p in old.positions())
 
     def _caught_up(self, epoch: int, step: CopyKv, size: int) -> Callable[[], None]:
+        def caught_up() -> None:
+            if epoch not in self._aborted:
+                self._followed.setdefault(epoch, set()).add(step.id)
+                self._tell(self._done(epoch, step.id, size))
+
         def done() -> None:
-            self._followed.setdefault(epoch, set()).add(step.id)
-            self._tell(self._done(epoch, step.id, size))
+            if self.hardware.follow_s:
+                self.agenda.after(self.hardware.follow_s, caught_up)
+            else:
+                caught_up()
 
         return done
 
@@ -470,6 +517,8 @@ class SimulatedCluster:
                     self._held[gpu].shards.pop(owner, None)
             if owner in self._replicas:
                 self._replicas.pop(owner).kill()
+        elif owner[1] == epoch and step.workers[0] in self._held:
+            self._held[step.workers[0]].loose.clear()
         return ev.StepDone(at_s=self.agenda.now_s, epoch=epoch, step=step.id)
 
     # The run
@@ -618,5 +667,5 @@ def _rates(spec: ServingSpec, hardware: Hardware) -> LinkRates:
         network_bytes_per_s=profile.link_bytes_per_s,
         local_bytes_per_s=hardware.local_bytes_per_s,
         storage_bytes_per_s=profile.storage_bytes_per_s,
-        round_trip_s=profile.round_trip_s,
+        round_trip_s=profile.round_trip_s + hardware.transfer_s,
     )

@@ -17,7 +17,7 @@ from spotserve.core.batching import Batcher, BatchLimits, MicroBatch, Sequence, 
 from spotserve.core.ids import RequestId
 from spotserve.core.snapshot import Replica
 from spotserve.core.wire import ChoicePosition
-from spotserve.sim.agenda import Agenda
+from spotserve.sim.agenda import Clock
 from spotserve.sim.ledger import Owner, Sampled
 
 LEAST_JUMP = 2
@@ -95,11 +95,14 @@ class SimulatedReplica:
         replica: Replica,
         *,
         durations: Durations,
-        agenda: Agenda,
+        agenda: Clock,
         sink: Sink,
         is_static: bool = False,
+        refill_s: float = 0.0,
         jumps: bool = True,
+        is_durable_at_once: bool = True,
     ) -> None:
+        """`is_durable_at_once`: the sink makes tokens durable as it hears of them; else somebody calls `durable`."""
         self.replica = replica
         self.state = "prepared"
         self.owner: Owner = (replica.id, replica.generation)
@@ -114,7 +117,10 @@ class SimulatedReplica:
         self._durations = durations
         self._agenda = agenda
         self._sink = sink
-        self._jumps = jumps
+        self._jumps = jumps and is_durable_at_once
+        self._is_durable_at_once = is_durable_at_once
+        self._refill_s = refill_s if is_static else 0.0
+        """After a static batch: who waits elsewhere is handed over before the next one is formed."""
         self._ends: dict[tuple[RequestId, int], int] = {}
         """Where the model would end each choice."""
         self._untold: set[tuple[RequestId, int]] = set()
@@ -145,6 +151,18 @@ class SimulatedReplica:
                 self._untold.add((sequence.request, sequence.choice))
         self._tell_evictions()
         self._go_on()
+
+    def durable(self, request: RequestId, choice: int, num_tokens: int) -> None:
+        """The ledger has so many tokens of a choice; one that had too many ahead of it goes on."""
+        self.batcher.set_durable(request, choice, num_tokens)
+        if not self._out:
+            self._go_on()
+
+    def drop_kv(self, request: RequestId, choice: int) -> None:
+        """A rank turns out not to have a choice's KV: it is prefilled again, unless it is out just now."""
+        self._settle()
+        self.batcher.drop_kv(request, choice)
+        self._tell_evictions()
 
     def close(self, request: RequestId) -> None:
         """End a request's choices."""
@@ -252,9 +270,12 @@ class SimulatedReplica:
             self._tell(sequence, token)
         for key in stopped:
             del self._ends[key.request, key.choice]
+        if stopped and not self.batcher.num_running:
+            self._free_s = max(self._free_s, at_s + self._refill_s)
 
     def _tell(self, sequence: Sequence, sampled: Sampled) -> None:
-        self.batcher.set_durable(sequence.request, sequence.choice, sequence.num_tokens)
+        if self._is_durable_at_once:
+            self.batcher.set_durable(sequence.request, sequence.choice, sequence.num_tokens)
         self._sink.sampled(self.owner, sampled)
 
     def _tell_evictions(self) -> None:

@@ -46,9 +46,16 @@ class Faults:
         """How many times longer than it should an iteration of a leader takes."""
         return 1.0
 
-    def evicts(self) -> bool:
-        """Whether a leader has to give up KV of a running request in this iteration."""
+    def drops_kv(self) -> bool:
+        """Whether a rank loses the KV of a choice that has just got a token."""
         return False
+
+    def evicted(self) -> None:
+        """A leader gave KV blocks of one choice to another, or lost them."""
+
+    def taken_bytes(self, step: Step, free_bytes: int) -> int:
+        """Memory that somebody else has on the GPU of a reserve, on which `free_bytes` are free."""
+        return 0
 
     def solving(self, problem: PlanningProblem) -> Solving:
         """How the planner fares."""

@@ -37,6 +37,8 @@ class RequestRecord:
     max_tokens: int
     output_tokens: int
     """Where the model would end; at most `max_tokens`."""
+    deliver_s: float = 0.0
+    """From the leader to the client, for every token alike; the times of a stream are the leader's."""
     num_choices: int = 1
     owner: Owner | None = None
     streams: list[StreamRecord] = field(default_factory=list)

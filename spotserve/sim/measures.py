@@ -56,6 +56,8 @@ class Moment(Frozen):
     service: str
     instances: int
     """Ready or doomed."""
+    gpus_there: int
+    """Of these instances."""
     gpus: int
     """In replicas that serve."""
     layout: str
@@ -129,7 +131,8 @@ def cost_of(instances: Iterable[InstanceRecord], hardware: Hardware, *, duration
     for record in instances:
         stop_s = min(duration_s, duration_s if record.gone_at_s is None else record.gone_at_s)
         used = max(0.0, stop_s - min(record.asked_at_s, duration_s)) / 3600.0
-        price = hardware.spot_usd_per_hour if record.market == "spot" else hardware.ondemand_usd_per_hour
+        machine = hardware.of(record.gpu_type)
+        price = machine.spot_usd_per_hour if record.market == "spot" else machine.ondemand_usd_per_hour
         hours += used
         usd += used * price
     per_million = round(usd / tokens * 1e6, 6) if tokens else None
@@ -137,13 +140,13 @@ def cost_of(instances: Iterable[InstanceRecord], hardware: Hardware, *, duration
 
 
 def latency_of(record: RequestRecord, end_s: float) -> float:
-    """From its arrival to its end, or to now."""
-    return (end_s if record.ended_at_s is None else record.ended_at_s) - record.arrived_at_s
+    """From its arrival to its end at the client, or to now."""
+    return (end_s if record.ended_at_s is None else record.ended_at_s + record.deliver_s) - record.arrived_at_s
 
 
 def ttft_of(record: RequestRecord, end_s: float) -> float:
-    """From its arrival to its first token, or to now."""
-    first = [stream.first_at_s for stream in record.streams if stream.first_at_s is not None]
+    """From its arrival to its first token at the client, or to now."""
+    first = [stream.first_at_s + record.deliver_s for stream in record.streams if stream.first_at_s is not None]
     return min(first, default=end_s) - record.arrived_at_s
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -59,7 +60,11 @@ class Scenario:
     def of_policy(self, policy: str) -> Scenario:
         """The scenario under a policy, as a name or a name with `+static`."""
         if policy.endswith(STATIC):
-            limits = self.spec.limits.model_copy(update={"batching": "static"})
+            given = self.spec.limits
+            batches = given.static_batches
+            if "static_batches" not in given.model_fields_set and policy.removesuffix(STATIC) == "paper":
+                batches = 1  # The artifact's own number; of its baselines it is 2.
+            limits = given.model_copy(update={"batching": "static", "static_batches": batches})
             spec = self.spec.model_copy(update={"limits": limits})
             return replace(self, spec=spec).of_policy(policy.removesuffix(STATIC))
         if policy != ONDEMAND:
@@ -82,16 +87,22 @@ def _refuse(choice: Frozen, names: Iterable[str], why: str) -> None:
         raise ValueError(f"{given[0]} has no meaning {why}")
 
 
+Seconds = Annotated[float, Field(ge=0, le=366 * 86_400)]
+RequestsPerSecond = Annotated[float, Field(ge=0, le=100_000)]
+
+
 class LengthsChoice(Frozen):
     """How long prompts and answers are."""
 
-    kind: str = Field(default="fixed", pattern="^(fixed|uniform|lognormal)$")
+    kind: str = Field(default="fixed", pattern="^(fixed|uniform|lognormal|file)$")
     prompt_tokens: int = Field(default=512, ge=1, le=1_000_000)
     output_tokens: int = Field(default=128, ge=1, le=1_000_000)
     prompt_cv: float = Field(default=1.0, ge=0, le=10)
     output_cv: float = Field(default=1.0, ge=0, le=10)
     prompt_range: tuple[int, int] | None = None
     output_range: tuple[int, int] | None = None
+    file: str | None = None
+    """A request file (the paper's, Azure's, Mooncake's, ours), whose pairs of prompt and answer are drawn."""
 
     @model_validator(mode="after")
     def _fields_of_its_kind(self) -> LengthsChoice:
@@ -103,6 +114,32 @@ class LengthsChoice(Frozen):
             _refuse(self, ("prompt_range", "output_range"), f"with {self.kind} lengths")
         if self.kind != "lognormal":
             _refuse(self, ("prompt_cv", "output_cv"), f"with {self.kind} lengths")
+        if self.kind != "file":
+            _refuse(self, ("file",), f"with {self.kind} lengths")
+        elif self.file is None:
+            raise ValueError("lengths of a file need file, a request file")
+        else:
+            _refuse(self, ("prompt_tokens", "output_tokens"), "with lengths of a file")
+        return self
+
+
+class CurveChoice(Frozen):
+    """How the rate of drawn arrivals moves; times count from the scenario's begin, the last rate stays."""
+
+    points: tuple[tuple[Seconds, RequestsPerSecond], ...] = Field(default=(), max_length=10_000)
+    """[second, requests per second], straight lines between: two are a ramp, two of one time a step."""
+    steps_rps: tuple[RequestsPerSecond, ...] = Field(default=(), max_length=10_000)
+    """One rate for each `step_s`."""
+    file: str | None = None
+    """Comma-separated rates, one for each `step_s`, as the paper's MAF segment."""
+    step_s: float = Field(default=60.0, gt=0, le=366 * 86_400)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> CurveChoice:
+        if bool(self.points) + bool(self.steps_rps) + (self.file is not None) != 1:
+            raise ValueError("a curve is one of points, steps_rps and file")
+        if self.points:
+            _refuse(self, ("step_s",), "with points")
         return self
 
 
@@ -112,11 +149,19 @@ class WorkloadChoice(Frozen):
     file: str | None = None
     """The paper's request files, Azure's CSV, Mooncake's JSONL or ours, found by content."""
     rate_rps: float | None = Field(default=None, gt=0, le=100_000)
-    """Of a file: time is stretched to this rate. Of drawn arrivals: their mean rate."""
+    """Of a file: time is stretched to this rate. Of drawn arrivals: their mean rate, to which a curve is scaled."""
+    curve: CurveChoice | None = None
+    """Of drawn arrivals: how their rate moves."""
     cv: float = Field(default=1.0, ge=0, le=20)
     """Coefficient of variation of the gaps of drawn arrivals (Gamma; 1 is Poisson)."""
     swing: float = Field(default=0.0, ge=0, lt=1)
-    """Of drawn arrivals: how far the rate moves up and down over a day."""
+    """Of drawn arrivals: how far the rate moves up and down over a period."""
+    period_s: float = Field(default=86_400.0, gt=0, le=366 * 86_400)
+    """Of a swing."""
+    peak_s: float | None = Field(default=None, ge=0, le=366 * 86_400)
+    """Of a swing: its first peak; the middle of the period if not given."""
+    share: float = Field(default=1.0, gt=0, le=1)
+    """Of a file: each request is kept with this probability, at its time."""
     start_s: float = Field(default=0.0, ge=0)
     stop_s: float | None = Field(default=None, gt=0)
     max_prompt_tokens: int | None = Field(default=None, ge=1)
@@ -125,26 +170,58 @@ class WorkloadChoice(Frozen):
 
     @model_validator(mode="after")
     def _has_arrivals(self) -> WorkloadChoice:
-        if self.file is None and self.rate_rps is None:
-            raise ValueError("a workload has a file or a rate_rps")
+        if self.file is None and self.rate_rps is None and self.curve is None:
+            raise ValueError("a workload has a file or a rate_rps or a curve")
         if self.file is None:
             _refuse(self, ("start_s", "stop_s"), "without a file: duration_s says how long arrivals are drawn")
+            _refuse(self, ("share",), "without a file: rate_rps says how many arrivals are drawn")
         else:
-            _refuse(self, ("cv", "swing"), "with a file")
+            _refuse(self, ("cv", "swing", "curve"), "with a file")
+        if self.curve is not None:
+            _refuse(self, ("swing",), "with a curve")
+        if not self.swing:
+            _refuse(self, ("period_s", "peak_s"), "without a swing")
         return self
 
 
+class HazardChoice(Frozen):
+    """A zone whose losses are drawn: many at once in shocks, and single ones."""
+
+    zone: str = Field(min_length=1, max_length=200)
+    instances: int = Field(ge=0, le=1024)
+    shocks_per_day: float = Field(default=2.0, ge=0, le=10_000)
+    shock_share: float = Field(default=0.8, ge=0, le=1)
+    """How much of the zone a shock takes."""
+    shock_spread_s: float = Field(default=60.0, ge=0, le=86_400)
+    """Within which time."""
+    singles_per_instance_day: float = Field(default=1.0, ge=0, le=10_000)
+    outage_s: float = Field(default=600.0, ge=0, le=366 * 86_400)
+    """Mean time after a shock in which nothing new comes."""
+    recovery_s: float = Field(default=180.0, ge=0, le=366 * 86_400)
+    """Mean time after a loss, or after an outage, until an instance is replaced."""
+    gpu_type: str = Field(default="", max_length=200)
+
+
 class TraceChoice(Frozen):
-    """A fleet that stays, a trace file, or the spot history of zones."""
+    """A fleet that stays, a trace file, the spot history of zones, or zones whose losses the seed draws."""
 
     instances: int | None = Field(default=None, ge=0, le=1024)
     file: str | None = None
     zones: tuple[str, ...] = ()
     """SkyPilot availability files, one per zone."""
+    hazards: tuple[HazardChoice, ...] = Field(default=(), max_length=64)
+    gpu_types: tuple[Annotated[str, Field(max_length=200)], ...] = Field(default=(), max_length=1024)
+    """Of `zones`: the GPU type of each. Of `instances`: they take these types in turn. `own` is the profile's own."""
     instances_per_node: int = Field(default=1, ge=1, le=64)
     most_per_zone: int | None = Field(default=None, ge=1, le=1024)
+    victims: Literal["oldest", "newest", "random"] = "oldest"
+    """Which instances of a zone go when its count falls; random ones are drawn by the seed."""
     grace_s: float = Field(default=30.0, ge=0, le=86_400)
     """Of the zones' removals; 0 gives none of them a notice."""
+    unnoticed_share: float = Field(default=0.0, ge=0, le=1)
+    """Of drawn losses: how many come without a notice."""
+    shared_shocks_per_day: float = Field(default=0.0, ge=0, le=10_000)
+    """Drawn shocks that hit all zones at once."""
     ready_after_s: float = Field(default=0.0, ge=0, le=86_400)
     """An instance is ready so long after the file adds it; the paper's files act a grace period early."""
     start_s: float = Field(default=0.0, ge=0)
@@ -152,13 +229,43 @@ class TraceChoice(Frozen):
 
     @model_validator(mode="after")
     def _one_source(self) -> TraceChoice:
-        if (self.instances is not None) + (self.file is not None) + bool(self.zones) != 1:
-            raise ValueError("a trace is one of instances, file and zones")
+        sources = (self.instances is not None, self.file is not None, bool(self.zones), bool(self.hazards))
+        if sum(sources) != 1:
+            raise ValueError("a trace is one of instances, file, zones and hazards")
         if not self.zones:
-            _refuse(self, ("instances_per_node", "most_per_zone", "grace_s"), "without zones")
+            _refuse(self, ("instances_per_node", "most_per_zone", "victims"), "without zones")
+        if not self.hazards:
+            _refuse(self, ("unnoticed_share", "shared_shocks_per_day"), "without hazards")
+        if not self.zones and not self.hazards:
+            _refuse(self, ("grace_s",), "without zones or hazards")
         if self.instances is not None:
             _refuse(self, ("ready_after_s", "start_s", "stop_s"), "with instances that stay")
+        if self.hazards:
+            _refuse(self, ("ready_after_s",), "with hazards: their recovery_s is until an instance is ready")
+            _refuse(self, ("start_s", "stop_s"), "with hazards: duration_s says how long losses are drawn")
+        self._types_of_a_kind()
         return self
+
+    def _types_of_a_kind(self) -> None:
+        if self.file is not None:
+            _refuse(self, ("gpu_types",), "with a file, whose `add` events have a gpu_type each")
+        if self.hazards:
+            _refuse(self, ("gpu_types",), "with hazards, which have a gpu_type each")
+        if self.zones and self.gpu_types and len(self.gpu_types) != len(self.zones):
+            raise ValueError(f"{len(self.gpu_types)} gpu_types for {len(self.zones)} zones: each zone needs one")
+
+
+class RooflineChoice(Frozen):
+    """What a GPU of the catalogue reaches of its data sheet, and the forwards that its times are of."""
+
+    context_tokens: int | None = Field(default=None, ge=1)
+    """What a decoding sequence has behind it; 1024 or the model's most if not given."""
+    decode_rows: int = Field(default=32, ge=1, le=4096)
+    """How many rows of a forward decode before the others prefill."""
+    memory_efficiency: float | None = Field(default=None, gt=0, le=1)
+    flops_efficiency: float | None = Field(default=None, gt=0, le=1)
+    link_efficiency: float | None = Field(default=None, gt=0, le=1)
+    nic_efficiency: float | None = Field(default=None, gt=0, le=1)
 
 
 class ModelChoice(Frozen):
@@ -170,6 +277,8 @@ class ModelChoice(Frozen):
     """A spec.toml, model and profile in one."""
     profile: str = "paper"
     """`paper` (its T4 figures), a GPU of the catalogue (`roofline`), or a profile file."""
+    roofline: RooflineChoice | None = None
+    """Of GPUs of the catalogue."""
     dtype: DType | None = None
     """Of weights and KV, instead of the table's."""
     storage_bytes_per_s: float | None = Field(default=None, gt=0)
@@ -177,6 +286,8 @@ class ModelChoice(Frozen):
     max_running: int = Field(default=8, ge=1, le=1024)
     max_model_len: int | None = Field(default=None, ge=1)
     migration_headroom_bytes: int = Field(default=0, ge=0)
+    spare_instances: int | None = Field(default=None, ge=0, le=1024)
+    """Under `live`: idle instances that wait for the next preemption, more are given back; else all are kept."""
     solvers: dict[str, str] = {}
 
     @model_validator(mode="after")

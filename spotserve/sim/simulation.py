@@ -78,10 +78,12 @@ def moment_of(state: ClusterState) -> Moment:
     """What a picture shows of a state."""
     shapes = sorted((replica.pipeline, replica.tensor) for replica in state.serving())
     parts = [f"({len(list(same))},{pipeline},{tensor})" for (pipeline, tensor), same in groupby(shapes)]
+    there = [one for one in state.instances.values() if one.state in ("ready", "doomed")]
     return Moment(
         at_s=round(state.at_s, 6),
         service=service_state(state),
-        instances=sum(one.state in ("ready", "doomed") for one in state.instances.values()),
+        instances=len(there),
+        gpus_there=sum(len(one.gpus) for one in there),
         gpus=sum(len(replica.gpus) for replica in state.serving()),
         layout=" ".join(parts) or "-",
     )
@@ -126,11 +128,12 @@ def _play_trace(cluster: SimulatedCluster, trace: Trace) -> None:
     """The instances that the trace has at 0 are there; a later one is asked for early enough to be ready then."""
     first = [event for event in trace.events if event.kind == "add" and event.at_s == 0]
     ondemand = [instance for event in first if event.market == "ondemand" for instance in event.instances]
-    cluster.begin(sum(len(event.instances) for event in first), ondemand=ondemand)
+    gpu_types = {instance: event.gpu_type for event in first for instance in event.instances}
+    cluster.begin(len(gpu_types), ondemand=ondemand, gpu_types=gpu_types)
     for event in trace.events:
         for instance in event.instances:
             if event.kind == "add" and event.at_s > 0:
-                cluster.add(event.at_s, InstanceId(instance), market=event.market)
+                cluster.add(event.at_s, instance, market=event.market, gpu_type=event.gpu_type)
             elif event.kind == "notice":
                 cluster.notice(event.at_s, InstanceId(instance), 30.0 if event.grace_s is None else event.grace_s)
             elif event.kind == "kill":

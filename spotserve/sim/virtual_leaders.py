@@ -1,44 +1,76 @@
-"""Leaders in virtual time: they sample ahead of the ledger, to which their tokens travel over their line."""
+"""Leaders in virtual time: they drive the shared batcher and sample ahead of the ledger, to which tokens travel."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from spotserve.core import commands as cmd
 from spotserve.core import events as ev
+from spotserve.core.admission import start_of, tokens_again
+from spotserve.core.batching import MicroBatch, SequenceKey
+from spotserve.core.batching import Sequence as BatchedSequence
 from spotserve.core.ids import InstanceId, RequestId, StepId, instance_of
 from spotserve.core.plan import CopyKvDelta, Plan
 from spotserve.core.snapshot import Replica
 from spotserve.core.wire import ChoicePosition
 from spotserve.errors import InvariantError
+from spotserve.sim.engine import SimulatedReplica
 from spotserve.sim.faults import Faults
+from spotserve.sim.ledger import Sampled
 from spotserve.sim.streams import Owner
 from spotserve.sim.virtual_ledger import Run, VirtualLedger, VirtualRequest
 from spotserve.sim.virtual_timeline import VirtualRates, VirtualTimeline
 
-MAX_UNDURABLE_TOKENS = 64
+PREFILL_ROWS = 64
+"""Rows that make an iteration as long again."""
+
+
+@dataclass(slots=True)
+class VirtualPace:
+    """How long a leader's micro-batches take: drawn for each, longer for a straggler and for more rows."""
+
+    draw: Callable[[], float]
+    pipeline: int
+    _drawn: tuple[int, float] = (-1, 0.0)
+
+    def stage_s(self, batch: MicroBatch) -> float:
+        """Until the first stage can take the next one."""
+        return self.pass_s(batch) / self.pipeline
+
+    def pass_s(self, batch: MicroBatch) -> float:
+        """Until it has been through all stages."""
+        if self._drawn[0] != batch.number:
+            self._drawn = (batch.number, self.draw() * (1 + batch.num_rows / PREFILL_ROWS))
+        return self._drawn[1]
 
 
 @dataclass(slots=True)
 class VirtualReplica:
-    """A replica generation: who runs on it and whether it may."""
+    """A replica generation: what its leader runs, and what it has sampled."""
 
-    replica: Replica
-    state: str = "prepared"
-    running: dict[RequestId, int] = field(default_factory=dict)
-    """request -> iterations of prefill still to do."""
-    kv_generation: dict[RequestId, int] = field(default_factory=dict)
+    engine: SimulatedReplica
     sampled: dict[tuple[RequestId, int], int] = field(default_factory=dict)
     """(request, choice) -> tokens that the leader knows of; kept until the request has ended."""
-    is_ticking: bool = False
+    message: tuple[float, list[Run]] = field(default_factory=lambda: (-1.0, []))
+    """What the leader sends at a time: the tokens of one iteration go together."""
     resumes: int = 0
     """Times that its leader was told to go on: a quiesce that was asked for before does not come about."""
 
     @property
+    def replica(self) -> Replica:
+        """What it is a generation of."""
+        return self.engine.replica
+
+    @property
+    def state(self) -> str:
+        """`prepared`, `serving`, `quiesced` or `dead`."""
+        return self.engine.state
+
+    @property
     def owner(self) -> Owner:
         """The generation's name in the ledger."""
-        return (self.replica.id, self.replica.generation)
+        return self.engine.owner
 
     @property
     def leader(self) -> InstanceId:
@@ -53,6 +85,29 @@ class VirtualReplica:
     def sits_on(self, instance: InstanceId) -> bool:
         """Whether a rank of it runs on an instance."""
         return any(instance_of(gpu) == instance for gpu in self.replica.gpus)
+
+    def has(self, request: RequestId) -> bool:
+        """Whether an open choice of a request is here."""
+        return any(sequence.request == request for sequence in self.engine.batcher.sequences())
+
+    def holds(self, position: ChoicePosition) -> bool:
+        """Whether the KV that a position names is here."""
+        key = SequenceKey(position.request, position.choice, position.kv_generation)
+        return self.engine.batcher.is_open(key)
+
+
+@dataclass(frozen=True, slots=True)
+class _Clock:
+    """The world's time as a leader sees it: a leader outlives the coordinator."""
+
+    timeline: VirtualTimeline
+
+    @property
+    def now_s(self) -> float:
+        return self.timeline.at_s
+
+    def at(self, at_s: float, happen: Callable[[], ev.Event | None]) -> None:
+        self.timeline.after(max(0.0, at_s - self.timeline.at_s), happen)
 
 
 class VirtualLeaders(VirtualTimeline):
@@ -76,21 +131,49 @@ class VirtualLeaders(VirtualTimeline):
         """Every request ever offered, as the ledger has it."""
         return self.ledger.requests
 
-    def _start(self, virtual: VirtualReplica, admissions: Sequence[cmd.Admission]) -> None:
+    def _prepare(self, replica: Replica) -> None:
+        instances = sorted({instance_of(gpu) for gpu in replica.gpus})
+
+        def draw() -> float:
+            slowness = max(self.faults.iteration_slowness(instance) for instance in instances)
+            return self._spread(self.rates.iteration_s) * slowness
+
+        engine = SimulatedReplica(
+            replica,
+            durations=VirtualPace(draw, replica.pipeline),
+            agenda=_Clock(self),
+            sink=self,
+            is_durable_at_once=False,
+        )
+        self.replicas[engine.owner] = VirtualReplica(engine)
+
+    def _take_over(self, virtual: VirtualReplica, admissions: Sequence[cmd.Admission]) -> None:
+        """What a leader is handed: durable tokens, and the KV it may rely on; what it runs already it runs on."""
+        sequences = []
         for admission in admissions:
             request = self.requests.get(admission.request)
-            if request is None or request.ended is not None or (admission.request, 0) in virtual.sampled:
-                continue  # It runs here already, or has been sampled to its end.
-            kept = {p.choice: p for p in admission.choices if p.kv_tokens}
-            self._check_brought(virtual, request, kept)
-            moved = all(choice in kept or request.is_closed(choice) for choice in range(request.num_choices))
-            if not moved and any(request.rows):
-                request.recomputed += request.prompt_tokens
-            virtual.running[admission.request] = 0 if moved else 1 + request.prompt_tokens // 64
-            virtual.kv_generation[admission.request] = admission.kv_generation
-            for choice in range(request.num_choices):
-                virtual.sampled[admission.request, choice] = request.durable(choice)
-        self._tick_soon(virtual)
+            if request is None or request.ended is not None:
+                continue
+            fresh = [c for c in range(request.num_choices) if (admission.request, c) not in virtual.sampled]
+            if fresh:
+                kept = {p.choice: p for p in admission.choices if p.kv_tokens}
+                self._check_brought(virtual, request, kept)
+            for choice in fresh:
+                durable = virtual.sampled[admission.request, choice] = request.durable(choice)
+                if request.is_closed(choice):
+                    continue
+                start = start_of(admission, choice)
+                if not start.kv_tokens and request.first_by:
+                    request.recomputed += tokens_again(request.prompt_tokens, durable)
+                sequence = BatchedSequence.handed_over(
+                    admission.request,
+                    choice,
+                    start,
+                    arrival_index=request.arrival_index,
+                    lengths=(request.prompt_tokens, request.max_tokens, durable),
+                )
+                sequences.append((sequence, request.lengths[choice]))
+        virtual.engine.admit(sequences)
 
     def _check_brought(self, virtual: VirtualReplica, request: VirtualRequest, kept: dict[int, ChoicePosition]) -> None:
         """A leader is told of no KV that some copy has not brought, and of none for other tokens than are durable."""
@@ -113,45 +196,24 @@ class VirtualLeaders(VirtualTimeline):
 
     def _last_deltas(self, virtual: VirtualReplica, request: RequestId) -> list[tuple[int, CopyKvDelta]]:
         """What last could have brought a request's KV to a replica; what an aborted run copied counts for nothing."""
+        sources = {v.replica.id for v in self.replicas.values() if v.has(request)}
         deltas = [
             (epoch, step)
             for epoch, plan in self.plans.items()
             for step in (plan.steps if epoch not in self.aborted else ())
             if isinstance(step, CopyKvDelta) and step.route.to_replica == virtual.replica.id
-            if any(v.replica.id == step.route.from_replica and request in v.running for v in self.replicas.values())
+            if step.route.from_replica in sources
         ]
         last = max((epoch for epoch, _ in deltas), default=0)
         return [(epoch, step) for epoch, step in deltas if epoch == last]
 
-    def _positions(self, virtual: VirtualReplica) -> tuple[ChoicePosition, ...]:
-        """How far every choice is that the leader has not brought to its end."""
-        positions = []
-        for name, prefill in virtual.running.items():
-            request = self.requests[name]
-            for choice, length in enumerate(request.lengths):
-                tokens = virtual.sampled[name, choice]
-                if tokens >= length:
-                    continue
-                kv_tokens = 0 if prefill else request.prompt_tokens + max(0, tokens - 1)
-                positions.append(
-                    ChoicePosition(
-                        request=name,
-                        choice=choice,
-                        kv_generation=virtual.kv_generation[name],
-                        tokens=tokens,
-                        kv_tokens=kv_tokens,
-                    )
-                )
-        return tuple(positions)
-
     def _resume(self, virtual: VirtualReplica) -> None:
         virtual.resumes += 1
-        if virtual.state == "quiesced":
-            virtual.state = "serving"
-            self._tick_soon(virtual)
+        if virtual.state in ("serving", "quiesced"):
+            virtual.engine.resume()
 
     def _close(self, virtual: VirtualReplica, request: RequestId) -> None:
-        virtual.running.pop(request, None)
+        virtual.engine.close(request)
         for key in [key for key in virtual.sampled if key[0] == request]:
             del virtual.sampled[key]
 
@@ -161,54 +223,42 @@ class VirtualLeaders(VirtualTimeline):
             {"at_s": self.at_s, "request": request.request, "outcome": request.ended, "tokens": tokens}
         )
 
-    def _tick_soon(self, virtual: VirtualReplica) -> None:
-        """Go on decoding if there is anything to decode and nobody does."""
-        if virtual.state == "serving" and virtual.running and not virtual.is_ticking:
-            virtual.is_ticking = True
-            slowness = self.faults.iteration_slowness(virtual.leader)
-            self.after(self._spread(self.rates.iteration_s) * slowness, lambda: self._iterate(virtual))
+    # What a leader says
 
-    def _iterate(self, virtual: VirtualReplica) -> ev.Event | None:
-        """One iteration of a replica: each running choice samples one token, all go to the ledger in one message."""
-        virtual.is_ticking = False
-        if virtual.state != "serving" or virtual.leader not in self.alive:
-            return None
-        runs = []
-        for name in list(virtual.running)[: virtual.replica.max_running]:
-            if virtual.running[name]:
-                virtual.running[name] -= 1
-            else:
-                runs += self._sample(virtual, self.requests[name])
-        if runs:
-            if self.faults.evicts():
-                self._evict(virtual, runs[0].request)
-            self._send(virtual, runs)
-        self._tick_soon(virtual)
-        return None
+    def sampled(self, owner: Owner, sampled: Sampled) -> None:
+        """A new token of a choice: those of one iteration go to the ledger in one message."""
+        virtual = self.replicas[owner]
+        name = (sampled.request, sampled.choice)
+        virtual.sampled[name] = sampled.position + sampled.count
+        run = Run(*name, sampled.position, sampled.count)
+        at_s, runs = virtual.message
+        if at_s == self.at_s:
+            runs.append(run)
+        else:
+            virtual.message = (self.at_s, [run])
+            self._send(virtual, virtual.message[1])
+        if self.faults.drops_kv():
+            virtual.engine.drop_kv(*name)
 
-    def _sample(self, virtual: VirtualReplica, request: VirtualRequest) -> list[Run]:
-        runs = []
-        for choice, length in enumerate(request.lengths):
-            have = virtual.sampled[request.request, choice]
-            if have < min(length, request.durable(choice) + MAX_UNDURABLE_TOKENS):
-                virtual.sampled[request.request, choice] = have + 1
-                runs.append(Run(request.request, choice, have, 1))
-        if all(virtual.sampled[request.request, choice] >= n for choice, n in enumerate(request.lengths)):
-            virtual.running.pop(request.request, None)
-        return runs
-
-    def _evict(self, virtual: VirtualReplica, name: RequestId) -> None:
-        """A request's KV blocks go to others; it is prefilled again under a new name of its KV."""
-        if name not in virtual.running:
-            return
-        virtual.running[name] = 1 + self.requests[name].prompt_tokens // 64
-        virtual.kv_generation[name] += 1
-        replica, generation = virtual.owner
+    def evicted(self, owner: Owner, key: SequenceKey) -> None:
+        """A choice's KV blocks went to others; it is prefilled again under a new name of its KV."""
+        self.faults.evicted()
         self.up(
-            virtual.leader,
+            self.replicas[owner].leader,
             self._spread(self.rates.step_s),
-            lambda: ev.RequestEvicted(at_s=self.at_s, request=name, replica=replica, generation=generation),
+            lambda: ev.RequestEvicted(at_s=self.at_s, request=key.request, replica=owner[0], generation=owner[1]),
         )
+
+    def never_fits(self, owner: Owner, request: RequestId) -> None:
+        """The request fails, as it does live."""
+
+        def end() -> ev.Event | None:
+            refused = self.requests.get(request)
+            if refused is None or refused.owner != owner or not self.ledger.end(refused, "failed"):
+                return None
+            return self._ending(refused)
+
+        self.up(self.replicas[owner].leader, self._spread(self.rates.step_s), end)
 
     def _send(self, virtual: VirtualReplica, runs: list[Run]) -> None:
         self.up(virtual.leader, self._spread(self.rates.commit_s), lambda: self._commit_tokens(virtual, runs))
@@ -235,8 +285,10 @@ class VirtualLeaders(VirtualTimeline):
             again = again or verdict == "gap"
             if verdict == "late":
                 self.down([virtual.leader], lambda name=run.request: self._close_if_ended(virtual, name))  # type: ignore[misc]
-            elif verdict in ("new", "first"):
-                self._note(virtual, request, is_first=verdict == "first")
+            elif verdict in ("new", "first", "double"):
+                if verdict != "double":
+                    self._note(virtual, request, is_first=verdict == "first")
+                virtual.engine.durable(run.request, run.choice, request.durable(run.choice))
         if again:
             self.down([virtual.leader], lambda: self._send_again(virtual))
         return None

@@ -36,6 +36,7 @@ class VirtualRequest:
     prompt_tokens: int
     max_tokens: int
     lengths: tuple[int, ...]
+    arrival_index: int = 0
     owner: Owner | None = None
     rows: list[list[StreamedToken]] = field(default_factory=list)
     stream: ClientStream = field(init=False)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from spotserve.core import commands as cmd
 from spotserve.core import events as ev
-from spotserve.core.ids import GpuId, InstanceId, ReplicaId, RequestId, instance_of
-from spotserve.core.plan import CopyWeights, LoadWeights, Step
-from spotserve.core.slices import Shard, Slice, shard_slices, stage_shard
+from spotserve.core.ids import GpuId, InstanceId, ReplicaId, StepId, instance_of
+from spotserve.core.plan import CopyKv, CopyKvDelta, CopyWeights, LoadWeights, Release, Reserve, Step
 from spotserve.core.spec import ServingSpec
 from spotserve.core.state import step_gpus
+from spotserve.core.wire import ChoicePosition
+from spotserve.errors import InvariantError
 from spotserve.sim.faults import Faults
 from spotserve.sim.streams import Owner
 from spotserve.sim.virtual_leaders import VirtualLeaders, VirtualReplica
+from spotserve.sim.virtual_memory import VirtualGpu, WeightTable
 from spotserve.sim.virtual_timeline import VirtualRates
 
 
 class VirtualWorkers(VirtualLeaders):
-    """The GPUs: weights of positions, those that have come for one, and those that belong to none."""
+    """The GPUs: each holds to its memory whatever a plan says of it."""
 
     def __init__(
         self, spec: ServingSpec, *, seed: int, rates: VirtualRates, faults: Faults, failure_share: float
@@ -24,11 +28,17 @@ class VirtualWorkers(VirtualLeaders):
         super().__init__(seed=seed, rates=rates, faults=faults)
         self.spec = spec
         self.failure_share = failure_share
-        self.holdings: dict[GpuId, dict[Owner, Shard]] = {}
-        self.arrived: dict[GpuId, dict[Owner, tuple[Slice, ...]]] = {}
-        """Weights that came for a position which does not serve yet."""
-        self.loose: dict[GpuId, tuple[Slice, ...]] = {}
-        """Weights that belong to no position any more."""
+        self.gpus: dict[GpuId, VirtualGpu] = {}
+        self.current: set[Owner] = set()
+        """The generations of the last committed plan that nobody has fenced."""
+        self.unfreed: set[GpuId] = set()
+        """GPUs on which a release failed since positions of no generation were last freed."""
+        self.overtaken: set[GpuId] = set()
+        """GPUs on which a reserve of a coordinator that had died came about since then."""
+        self.num_restarts = 0
+        self.fetched: dict[int, set[StepId]] = {}
+        """Steps of each epoch that brought weights."""
+        self._table = WeightTable(spec)
 
     def _execute_step(self, command_id: str, command: cmd.ExecuteStep) -> None:
         step = command.step
@@ -37,22 +47,24 @@ class VirtualWorkers(VirtualLeaders):
         duration_s = self._spread(self.rates.step_s + size / self.rates.link_bytes_per_s)
         duration_s *= self.faults.step_slowness(step) * max(self.link(name).slowness for name in instances)
         error = self.faults.step_error(step)
-        resumes = self._resumes_of(step)
-        self.down(
-            instances,
-            lambda: self._push_effect(command, duration_s, error, resumes),
-        )
+        resumes, restarts = self._resumes_of(step), self.num_restarts
 
-    def _push_effect(self, command: cmd.ExecuteStep, duration_s: float, error: str | None, resumes: int) -> None:
         def effect() -> ev.Event | None:
             if self._resumes_of(command.step) != resumes:
                 return None  # A leader takes its commands in order: the resume of an abort undoes a quiesce.
             event = self._failed_step(command, error) if error is not None else self._step_outcome(command)
+            if isinstance(event, ev.StepFailed) and isinstance(command.step, Release):
+                self.unfreed.update(command.step.workers)
+            if isinstance(command.step, Reserve) and self.num_restarts != restarts:
+                self.overtaken.update(command.step.workers)
             if event is not None:
                 self.up(_answering(command.step), self._spread(self.rates.step_s / 2), lambda: event)
             return None
 
-        self.after(duration_s, effect)
+        def arrive() -> None:
+            self.after(duration_s, effect)
+
+        self.down(instances, arrive)
 
     def _resumes_of(self, step: Step) -> int:
         if step.kind != "quiesce":
@@ -69,16 +81,21 @@ class VirtualWorkers(VirtualLeaders):
         if self.random.random() < self.failure_share:
             return self._failed_step(command, "drawn by the seed")
         if step.kind == "quiesce":
-            return None if command.epoch in self.aborted else self._quiesce(command, step.replica)
+            if command.epoch not in self.aborted:
+                self._quiesce(command, step.replica)
+            return None
         if step.kind == "activate":
             return self._activate(command)
-        if step.kind == "release" and step.id in self.plans[command.epoch].last_releases:
-            for gpu in step.workers:
-                self.holdings[gpu].pop((step.replica, step.generation), None)
-                self.loose.pop(gpu, None)
-        if isinstance(step, CopyWeights | LoadWeights) and command.epoch not in self.aborted:
-            self._keep(command.epoch, step)
-        missing = tuple((p.request, p.choice) for p in command.manifest if self._gone(p.request, p.choice))
+        if isinstance(step, Release):
+            self._release(command.epoch, step)
+        if isinstance(step, Reserve | CopyWeights | LoadWeights):
+            if command.epoch in self.aborted:
+                return self._failed_step(command, "the epoch was aborted")
+            epoch = command.epoch
+            error = self._reserve(epoch, step) if isinstance(step, Reserve) else self._fetch(epoch, step)
+            if error is not None:
+                return self._failed_step(command, error)
+        missing = tuple((p.request, p.choice) for p in command.manifest if not self._can_send(command, p))
         if step.kind == "copy_kv_delta":
             brought = {(p.request, p.choice) for p in command.manifest} - set(missing)
             self.brought[command.epoch, step.id] = brought
@@ -92,29 +109,95 @@ class VirtualWorkers(VirtualLeaders):
             return None
         return self._failed_step(command, "the peer is gone")
 
-    def _keep(self, epoch: int, step: CopyWeights | LoadWeights) -> None:
-        gpu = step.destination if isinstance(step, CopyWeights) else step.workers[0]
-        pieces = self.arrived.setdefault(gpu, {})
-        owner = (step.replica, epoch)
-        pieces[owner] = (*pieces.get(owner, ()), *step.slices)
+    # Memory
 
-    def _gone(self, request: RequestId, choice: int) -> bool:
-        """Whether the source has freed a choice's KV."""
-        return self.requests[request].is_closed(choice)
+    def _reserve(self, epoch: int, step: Reserve) -> str | None:
+        """Take a position's memory; the error of a worker that has not so much."""
+        name = step.workers[0]
+        gpu = self.gpus[name]
+        owner = (step.replica, step.generation)
+        replica = self.replicas[owner].replica
+        shard = self._table.shard_of(replica, name)
+        is_live = self.plans[epoch].mode == "live"
+        taken = self.faults.taken_bytes(step, gpu.memory_bytes - gpu.used_bytes())
+        if gpu.reserve(owner, shard, replica.kv_blocks, is_eager=is_live, taken_bytes=taken):
+            return None
+        if not taken and name not in self.unfreed | self.overtaken:
+            raise InvariantError(f"{step.id} counts on memory that {name} has not: {gpu.used_bytes()} bytes are used")
+        return f"over_memory: {gpu.used_bytes()} bytes are used, the budget is {gpu.memory_bytes - taken}"
 
-    def _quiesce(self, command: cmd.ExecuteStep, replica: ReplicaId) -> ev.Event | None:
+    def _fetch(self, epoch: int, step: CopyWeights | LoadWeights) -> str | None:
+        """Weights come, if their holder has them and there is room; what has come once does not come again."""
+        if step.id in self.fetched.get(epoch, ()):
+            return None
+        gpu = self.gpus[step.destination if isinstance(step, CopyWeights) else step.workers[0]]
+        if (step.replica, epoch) not in gpu.positions:
+            return "no such position"
+        if isinstance(step, CopyWeights) and not self.gpus[step.source].has(step.slices):
+            if not self.gpus[step.source].was_short and self._came(
+                epoch, [s for s in self.plans[epoch].steps if s.id in step.depends_on]
+            ):
+                raise InvariantError(f"{step.source} is to send weights in {step.id} that it does not have")
+            return f"{step.source} does not have what it is to send"
+        if not gpu.expect(step.slices):
+            return f"over_memory: {gpu.used_bytes()} bytes are used, the budget is {gpu.memory_bytes}"
+        gpu.write(step.slices)
+        self.fetched.setdefault(epoch, set()).add(step.id)
+        return None
+
+    def _came(self, epoch: int, steps: Iterable[Step]) -> bool:
+        """Whether those of some steps that bring weights did so."""
+        due = {step.id for step in steps if isinstance(step, CopyWeights | LoadWeights)}
+        return due <= self.fetched.get(epoch, set())
+
+    def _release(self, epoch: int, step: Release) -> None:
+        owner = (step.replica, step.generation)
+        gpu = self.gpus[step.workers[0]]
+        if step.id in self.plans[epoch].last_releases:
+            gpu.release(owner)
+        else:
+            gpu.give_up(owner, step.slices, keep_blocks=0 if step.kv else step.keep_blocks)
+
+    def _loosen(self, owner: Owner, instance: InstanceId) -> None:
+        """What an instance holds of a generation that is no more belongs to no position; the next plan may use it."""
+        for name, gpu in self.gpus.items():
+            if instance_of(name) == instance:
+                gpu.loosen(owner)
+
+    # What runs
+
+    def _can_send(self, command: cmd.ExecuteStep, position: ChoicePosition) -> bool:
+        """Whether the source still has the KV of a choice."""
+        step = command.step
+        assert isinstance(step, CopyKv | CopyKvDelta)
+        if self.requests[position.request].is_closed(position.choice):
+            return False
+        sources = [v for v in self.replicas.values() if v.replica.id == step.route.from_replica]
+        return any(v.state != "dead" and v.holds(position) for v in sources)
+
+    def _quiesce(self, command: cmd.ExecuteStep, replica: ReplicaId) -> None:
         virtual = next((v for v in self.replicas.values() if v.replica.id == replica and v.state == "serving"), None)
         if virtual is None:
-            return None
-        virtual.state = "quiesced"
-        return ev.Quiesced(
-            at_s=self.at_s,
-            epoch=command.epoch,
-            step=command.step.id,
-            replica=replica,
-            generation=virtual.replica.generation,
-            positions=self._positions(virtual),
-        )
+            return
+        generation = virtual.replica.generation
+
+        def report(positions: tuple[ChoicePosition, ...]) -> None:
+            if virtual.leader not in self.alive:
+                return
+            self.up(
+                virtual.leader,
+                self._spread(self.rates.step_s / 2),
+                lambda: ev.Quiesced(
+                    at_s=self.at_s,
+                    epoch=command.epoch,
+                    step=command.step.id,
+                    replica=replica,
+                    generation=generation,
+                    positions=positions,
+                ),
+            )
+
+        virtual.engine.quiesce(report)
 
     def _activate(self, command: cmd.ExecuteStep) -> ev.Event | None:
         step = command.step
@@ -123,28 +206,22 @@ class VirtualWorkers(VirtualLeaders):
         if virtual is None or virtual.state == "dead":
             return self._failed_step(command, "no such position")
         if virtual.state == "prepared":
-            virtual.state = "serving"
-            self._take_positions(virtual)
-            self._start(virtual, command.admissions)
+            if not self._has_weights(command.epoch, virtual):
+                return self._failed_step(command, "its weights are not all here")
+            self._take_over(virtual, command.admissions)
+            virtual.engine.start()
         return ev.StepDone(at_s=self.at_s, epoch=command.epoch, step=step.id)
 
-    def _take_positions(self, virtual: VirtualReplica) -> None:
-        """From now on its ranks hold their shards whole."""
-        target = virtual.replica
-        for stage in target.stages:
-            for rank, gpu in enumerate(stage.gpus):
-                shard = stage_shard(self.spec.model, layers=stage.layers, tensor=target.tensor, rank=rank)
-                self.holdings[gpu][virtual.owner] = shard
-                self.arrived.get(gpu, {}).pop(virtual.owner, None)
-
-    def _loosen(self, owner: Owner, instance: InstanceId) -> None:
-        """What an instance holds of a generation that is no more belongs to no position; the next plan may use it."""
-        for gpu in [gpu for gpu in self.holdings if instance_of(gpu) == instance]:
-            shard = self.holdings[gpu].pop(owner, None)
-            pieces = () if shard is None else tuple(shard_slices(self.spec.model, shard))
-            pieces += self.arrived.get(gpu, {}).pop(owner, ())
-            if pieces:
-                self.loose[gpu] = (*self.loose.get(gpu, ()), *pieces)
+    def _has_weights(self, epoch: int, virtual: VirtualReplica) -> bool:
+        """A replica serves with all of its weights: a plan that brings too few is wrong, a step that failed is not."""
+        gpus = {name: self.gpus[name] for name in virtual.replica.gpus}
+        if any(virtual.owner not in gpu.positions for gpu in gpus.values()):
+            return False
+        lacking = [name for name, gpu in gpus.items() if gpu.lacks(virtual.owner)]
+        steps = [step for step in self.plans[epoch].steps if getattr(step, "replica", None) == virtual.replica.id]
+        if lacking and self._came(epoch, steps):
+            raise InvariantError(f"{virtual.replica.id} is activated, and {lacking[0]} lacks weights")
+        return not lacking
 
 
 def _answering(step: Step) -> InstanceId:

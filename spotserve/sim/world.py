@@ -24,6 +24,7 @@ from spotserve.sim.faults import Faults
 from spotserve.sim.streams import Owner, virtual_token
 from spotserve.sim.virtual_leaders import VirtualReplica
 from spotserve.sim.virtual_ledger import VirtualRequest
+from spotserve.sim.virtual_memory import VirtualGpu
 from spotserve.sim.virtual_timeline import VirtualRates
 from spotserve.sim.virtual_workers import VirtualWorkers
 
@@ -67,6 +68,10 @@ class VirtualWorld(VirtualWorkers):
         self.refused_plans: list[str] = []
         """What the checker had against plans that were as the planner made them."""
         self.submitted: set[str] = set()
+        self.stopped = False
+        """Whether the service has come to its end."""
+        self._is_stopping = False
+        self._num_arrivals = 0
         self._events_left: int | None = None
         self._timers: dict[str, int] = {}
 
@@ -74,7 +79,7 @@ class VirtualWorld(VirtualWorkers):
 
     async def next_events(self) -> Sequence[ev.Event]:
         """The next thing that happens; empty when nothing is left or time is up."""
-        if self._events_left == 0:
+        if self._events_left == 0 or self.stopped:
             return []
         while self._heap and self._heap[0][0] <= self.until_s:
             event = self._happen()
@@ -147,8 +152,10 @@ class VirtualWorld(VirtualWorkers):
         """A new coordinator on the folded state: its predecessor's timers and answers are gone, workers live on."""
         self._forget_coordinator()
         self._events_left = None
+        self.stopped = self._is_stopping = False
+        self.num_restarts += 1
         self.submitted.clear()
-        joined = [gpu for gpu in self.holdings if instance_of(gpu) in self.alive - self.told_lost]
+        joined = [gpu for gpu in self.gpus if instance_of(gpu) in self.alive - self.told_lost]
         workers = tuple(sorted(gpu for gpu in joined if self._link_of(gpu).open_at_s <= self.at_s + REJOIN_S))
         term = state.term + 1
         self.after(
@@ -173,6 +180,9 @@ class VirtualWorld(VirtualWorkers):
 
     def _adopt_replicas(self, state: ClusterState) -> None:
         """Broken ones are told; one that quiesced for a run the fold knows nothing of goes on."""
+        entries = [entry for entry in state.replicas.values() if entry.state != "lost"]
+        self.current = {(entry.replica.id, entry.replica.generation) for entry in entries}
+        self._free_unknown()
         for entry in state.replicas.values():
             owner = (entry.replica.id, entry.replica.generation)
             virtual = self.replicas.get(owner)
@@ -233,10 +243,13 @@ class VirtualWorld(VirtualWorkers):
         ends = lengths if lengths else (max_tokens,) * num_choices
 
         def accept() -> ev.Event | None:
-            if self._is_down:
+            if self._is_down or self._is_stopping:
                 self.after(1.0, accept)  # Nobody answered: the client tries again.
                 return None
-            self.requests[request] = VirtualRequest(request, prompt_tokens, max_tokens, ends, reads_late=reads_late)
+            self._num_arrivals += 1
+            self.requests[request] = VirtualRequest(
+                request, prompt_tokens, max_tokens, ends, self._num_arrivals, reads_late=reads_late
+            )
             return ev.RequestAccepted(
                 at_s=self.at_s,
                 request=request,
@@ -256,20 +269,31 @@ class VirtualWorld(VirtualWorkers):
         self.dead.add(instance)
         for virtual in tuple(self.replicas.values()):
             if virtual.sits_on(instance) and virtual.state != "dead":
-                was, virtual.state = virtual.state, "dead"
+                was = virtual.state
+                virtual.engine.kill()
                 if was in ("serving", "quiesced") and virtual.leader in self.alive:
                     self._tell_break(virtual)
-        for gpu in [gpu for gpu in self.holdings if instance_of(gpu) == instance]:
-            del self.holdings[gpu]
-            self.arrived.pop(gpu, None)
-            self.loose.pop(gpu, None)
+        for gpu in [gpu for gpu in self.gpus if instance_of(gpu) == instance]:
+            del self.gpus[gpu]
+
+    def stop(self, drain_s: float) -> ev.Event | None:
+        """Somebody stops the service: nothing is accepted any more, what runs has `drain_s` to end."""
+        if self._is_down or self._is_stopping:
+            return None
+        self._is_stopping = True
+        return ev.StopRequested(at_s=self.at_s, drain_s=drain_s)
+
+    def send_home(self) -> None:
+        """A service that has stopped sends its workers home."""
+        for instance in sorted(self.alive):
+            self.crash(instance)
 
     def break_mesh(self, owner: Owner) -> bool:
         """A rank loses the others: the generation can never go on. Whether it was serving."""
         virtual = self.replicas.get(owner)
         if virtual is None or virtual.state != "serving" or virtual.leader not in self.alive:
             return False
-        virtual.state = "dead"
+        virtual.engine.kill()
         self._tell_break(virtual)
         return True
 
@@ -284,7 +308,7 @@ class VirtualWorld(VirtualWorkers):
                 return None
             self.alive.add(command.instance)
             worker = GpuId(f"{command.instance}/{index}")
-            self.holdings.setdefault(worker, {})
+            self.gpus.setdefault(worker, VirtualGpu(self._table, self.gpu_memory_bytes))
             return None if self._is_down else self._registration(worker, command_id)
 
         for index in range(self.gpus_per_instance):
@@ -308,16 +332,18 @@ class VirtualWorld(VirtualWorkers):
         silent = [instance for instance in sorted(self.alive) if self.is_cut(instance)]
 
         def answer() -> ev.Event:
+            self._free_unknown()
             if command.drop_loose:
-                self.loose.clear()
+                for gpu in self.gpus.values():
+                    gpu.drop_loose()
             heard = {i for i in self.alive if i not in silent and not self.is_cut(i) and i not in self.told_lost}
             holdings = tuple(
-                Holding(gpu=gpu, shards=tuple(dict.fromkeys(shards.values())), slices=self.loose.get(gpu, ()))
-                for gpu, shards in sorted(self.holdings.items())
-                if instance_of(gpu) in heard
+                Holding(gpu=name, shards=gpu.shards(), slices=gpu.pieces())
+                for name, gpu in sorted(self.gpus.items())
+                if instance_of(name) in heard
             )
             serving = [v for v in self.replicas.values() if v.state == "serving" and v.leader in heard]
-            positions = tuple(p for v in serving for p in self._positions(v))
+            positions = tuple(p for v in serving for p in v.engine.positions())
             return ev.SnapshotTaken(at_s=self.at_s, command=command_id, holdings=holdings, positions=positions)
 
         delay_s = PROBE_TIMEOUT_S if silent else self._spread(self.rates.step_s)
@@ -350,7 +376,7 @@ class VirtualWorld(VirtualWorkers):
         self.plans[command.plan.epoch.to] = command.plan
         for replica in command.plan.target.replicas:
             if replica.generation == command.plan.epoch.to:
-                self.replicas[replica.id, replica.generation] = VirtualReplica(replica)
+                self._prepare(replica)
 
     # The run's other commands
 
@@ -369,6 +395,8 @@ class VirtualWorld(VirtualWorkers):
         self.after(self._spread(self.rates.step_s), answer, survives=False)
 
     def _commit_run(self, command_id: str, command: cmd.CommitRun) -> None:
+        target = self.plans[command.epoch].target
+        self.current = {(replica.id, replica.generation) for replica in target.replicas} - self.ledger.fenced
         self.ledger.set_owners(
             {
                 change.request: None if change.replica is None else (change.replica, change.generation)
@@ -380,7 +408,7 @@ class VirtualWorld(VirtualWorkers):
         self.aborted.add(command.epoch)
         for owner, virtual in tuple(self.replicas.items()):
             if owner[1] == command.epoch:
-                virtual.state = "dead"
+                virtual.engine.kill()
                 for instance in virtual.instances:
                     self._loosen(owner, instance)
         for owner in command.resume:
@@ -390,14 +418,24 @@ class VirtualWorld(VirtualWorkers):
     def _fence_replica(self, command_id: str, command: cmd.FenceReplica) -> None:
         owner = (command.replica, command.generation)
         self.ledger.fenced.add(owner)
+        self.current.discard(owner)
         virtual = self.replicas.get(owner)
         for instance in () if virtual is None else virtual.instances:
             if instance in self.alive and instance not in self.told_lost:
                 self.down([instance], lambda name=instance: self._free(owner, name))  # type: ignore[misc]
 
     def _free(self, owner: Owner, instance: InstanceId) -> None:
-        self.replicas[owner].state = "dead"
+        self.replicas[owner].engine.kill()
         self._loosen(owner, instance)
+
+    def _free_unknown(self) -> None:
+        """What a release failed to free for good: positions of generations that are no more."""
+        self.unfreed.clear()
+        self.overtaken.clear()
+        for gpu in self.gpus.values():
+            gpu.was_short = False
+            for owner in [owner for owner in gpu.positions if owner not in self.current]:
+                gpu.loosen(owner)
 
     def _admit_requests(self, command_id: str, command: cmd.AdmitRequests) -> None:
         owner = (command.replica, command.generation)
@@ -406,7 +444,7 @@ class VirtualWorld(VirtualWorkers):
 
         def arrive() -> None:
             if virtual.state in ("serving", "quiesced"):
-                self._start(virtual, command.admissions)
+                self._take_over(virtual, command.admissions)
 
         self.down([virtual.leader], arrive)
 
@@ -420,6 +458,9 @@ class VirtualWorld(VirtualWorkers):
             virtual = self.replicas[command.replica, command.generation]
             self.down([virtual.leader], lambda: self._close(virtual, command.request))
         self.after(0.001, end, survives=False)
+
+    def _stop_service(self, command_id: str, command: cmd.StopService) -> None:
+        self.stopped = True
 
 
 _NOT_REPEATED = frozenset(

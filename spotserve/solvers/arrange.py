@@ -10,7 +10,8 @@ are no interval and no binary search finds S*. What K is depends on the mode of 
 - live, weights and full KV blocks follow while decoding goes on: one block for each moving choice unfinished after S.
 
 B is one port's rate and K the bytes through it; the busiest port decides. `paper` is the artifact's formula, which
-takes K as of now and one token off.
+takes K as of now and one token off. `paper-as-published` decodes as long as l_exe(S) < T- - T_mig, and gives KV up
+where T_mig < l_exe(S) does not hold. `discard` is the paper's ablation: it stops as late as `paper`, and no KV moves.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spotserve.errors import SpecError
-from spotserve.solvers.paper.arranger import BatchTimes, jit_steps
+from spotserve.solvers.paper.arranger import BatchTimes, jit_steps, jit_steps_as_published
 from spotserve.solvers.result import Result
 
 MAX_POINTS = 10_000
@@ -131,8 +132,36 @@ def just_in_time(problem: ArrangeProblem) -> Result[Stop]:
     """
     scan = _scan(problem)
     slot_s = _allowed_us(problem, int(scan.bytes[0])) / MICROSECONDS
-    times = BatchTimes(initial_s=0.0, token_s=scan.step_us / MICROSECONDS, single_initial_s=0.0)
-    steps = jit_steps("preempt", slot_s=slot_s, times=times, output_tokens=len(scan.times_us) - 1)
+    steps = jit_steps("preempt", slot_s=slot_s, times=_decoding(scan), output_tokens=len(scan.times_us) - 1)
+    return _by_formula(scan, steps)
+
+
+def just_in_time_as_published(problem: ArrangeProblem) -> Result[Stop]:
+    """S_t of the text, with the bytes as of now. Infeasible where KV moves for longer than the batch would still run.
+
+    Then computing it again beats moving it (section 4.1); weights have to move in any case.
+    """
+    scan = _scan(problem)
+    num_bytes = int(scan.bytes[0])
+    slot_s = _allowed_us(problem, num_bytes) / MICROSECONDS
+    most = len(scan.times_us) - 1
+    transfer_s = num_bytes / problem.bytes_per_s if any(decoder.streams for decoder in problem.decoders) else -1.0
+    steps = jit_steps_as_published(
+        "preempt", slot_s=slot_s, transfer_s=transfer_s, times=_decoding(scan), output_tokens=most
+    )
+    if steps is None:
+        proof: dict[str, str | int | float] = {"kind": "moves_longer_than_it_runs", "bytes": num_bytes}
+        return Result(None, "infeasible", certificate=proof, statistics=_statistics(scan))
+    return _by_formula(scan, steps)
+
+
+def _decoding(scan: _Scan) -> BatchTimes:
+    """What is already decoding has no initial phase any more."""
+    return BatchTimes(initial_s=0.0, token_s=scan.step_us / MICROSECONDS, single_initial_s=0.0)
+
+
+def _by_formula(scan: _Scan, steps: int) -> Result[Stop]:
+    """The stop after so many steps, beside what a scan finds."""
     return Result(
         Stop(steps * scan.step_us, steps * scan.step_us, steps),
         "feasible" if scan.is_feasible[steps] else "infeasible",
@@ -143,7 +172,16 @@ def just_in_time(problem: ArrangeProblem) -> Result[Stop]:
     )
 
 
-ARRANGERS: dict[str, Callable[[ArrangeProblem], Result[Stop]]] = {"scan": scan_stops, "paper": just_in_time}
+DISCARD = "discard"
+
+ARRANGERS: dict[str, Callable[[ArrangeProblem], Result[Stop]]] = {
+    "scan": scan_stops,
+    "paper": just_in_time,
+    "paper-as-published": just_in_time_as_published,
+    DISCARD: just_in_time,
+}
+BY_FORMULA = ("paper", "paper-as-published", DISCARD)
+"""Those that decode for as long as they can."""
 
 
 def _scan(problem: ArrangeProblem) -> _Scan:

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 from spotserve.core.cost import Workload
 from spotserve.core.ids import StepId
-from spotserve.core.plan import PREPARING_KINDS, Estimates, PlanningProblem, Quiesce, Step
-from spotserve.solvers.steps import busiest_port_s
+from spotserve.core.plan import PREPARING_KINDS, TRANSFER_KINDS, Estimates, PlanningProblem, Quiesce, Step
+from spotserve.core.spec import Profile
+from spotserve.solvers.steps import busiest_port_s, busiest_storage_s
 
 
 def margin_s(left_s: float) -> float:
@@ -16,10 +17,10 @@ def margin_s(left_s: float) -> float:
 
 
 def workload_of(problem: PlanningProblem) -> Workload:
-    """The average request: of the snapshot if it has any, else half a context in and a quarter out."""
+    """The average request: the snapshot's, else what is expected, or half a context in and a quarter out."""
     requests = problem.snapshot.requests
     length = problem.spec.limits.max_model_len
-    prompt, output = max(1, length // 2), max(1, length // 4)
+    prompt, output = problem.spec.limits.expected_tokens or (max(1, length // 2), max(1, length // 4))
     if requests:
         prompt = max(1, sum(request.prompt_tokens for request in requests) // len(requests))
         output = max(1, sum(request.max_tokens for request in requests) // len(requests))
@@ -40,21 +41,33 @@ def finish_times(steps: Iterable[Step]) -> dict[StepId, float]:
     return finish
 
 
-def estimate(steps: tuple[Step, ...], remaining_s: float | None, *, link_bytes_per_s: float) -> Estimates:
-    """Copy, stall and total time along the longest path, or the busiest port where that takes longer."""
+def estimate(steps: tuple[Step, ...], remaining_s: float | None, *, profile: Profile) -> Estimates:
+    """Copy, stall and total time along the longest path, or the busiest port or disk where that takes longer."""
     if not steps:
         return Estimates(slack_s=remaining_s)
     finish = finish_times(steps)
     begin = {step.id: finish[step.id] - step.estimated_s for step in steps}
     copies = [step for step in steps if step.kind in PREPARING_KINDS]
     path_s = max((finish[s.id] for s in copies), default=0.0) - min((begin[s.id] for s in copies), default=0.0)
-    copy_s = max(path_s, busiest_port_s(copies, link_bytes_per_s=link_bytes_per_s))
-    stops = [begin[step.id] for step in steps if step.kind == "quiesce"]
-    cut_over_s = max(finish[step.id] for step in steps if step.kind in ("commit", "activate", "recompute"))
-    done_s = max(finish.values()) + copy_s - path_s
+    copy_s = max(path_s, busiest_s(copies, profile))
+    stall_s = extra_s = 0.0
+    if stops := [begin[step.id] for step in steps if step.kind == "quiesce"]:
+        cut_over_s = max(finish[step.id] for step in steps if step.kind in ("commit", "activate", "recompute"))
+        stopped = [step for step in steps if step.kind in TRANSFER_KINDS and begin[step.id] > min(stops)]
+        moving_s = max((finish[s.id] for s in stopped), default=0.0) - min((begin[s.id] for s in stopped), default=0.0)
+        extra_s = max(0.0, busiest_s(stopped, profile) - moving_s)
+        stall_s = cut_over_s - min(stops) + extra_s
+    done_s = max(finish.values()) + max(copy_s - path_s, extra_s)
     return Estimates(
         copy_s=round(copy_s, 6),
-        stall_s=round(cut_over_s - min(stops), 6) if stops else 0.0,
+        stall_s=round(stall_s, 6),
         done_s=round(done_s, 6),
         slack_s=None if remaining_s is None else round(remaining_s - done_s, 6),
     )
+
+
+def busiest_s(steps: Iterable[Step], profile: Profile) -> float:
+    """Seconds that the busiest port needs for the copies of `steps`, or the busiest way to storage for the loads."""
+    listed = tuple(steps)
+    ports_s = busiest_port_s(listed, link_bytes_per_s=profile.link_bytes_per_s)
+    return max(ports_s, busiest_storage_s(listed, storage_bytes_per_s=profile.storage_bytes_per_s))

@@ -7,12 +7,12 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from spotserve.core.cost import PipelineShape
+from spotserve.core.cost import PipelineShape, shape_of
 from spotserve.core.ids import GpuId, natural_key
 from spotserve.core.plan import PlanningProblem
 from spotserve.core.snapshot import Holding, Replica
 from spotserve.core.spec import ModelSpec, ServingSpec, weight_copies
-from spotserve.solvers.gpu_kinds import shape_of, types_of
+from spotserve.solvers.gpu_kinds import types_of
 from spotserve.solvers.ranges import Catalog, Ranges
 from spotserve.solvers.registry import chosen_solvers
 from spotserve.solvers.view import View, kv_tokens, look, requests_of

@@ -1,10 +1,10 @@
-"""GPU types of a snapshot: which there are, which stay, and what a replica's stages run on."""
+"""GPU types of a snapshot: which there are, of which memory, and how fast a replica is on its own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from spotserve.core.cost import PipelineShape, StageLoad, layer_ms, pipeline_decode_ms
+from spotserve.core.cost import pipeline_decode_ms, shape_of
 from spotserve.core.ids import GpuId
 from spotserve.core.plan import PlanningProblem
 from spotserve.core.snapshot import Replica, World
@@ -38,23 +38,6 @@ def kinds_of(gpus: Iterable[GpuId], memory: Mapping[GpuId, int], types: Mapping[
         found.setdefault(types[gpu], []).append(memory[gpu])
     kinds = [GpuKind(name, len(sizes), min(sizes)) for name, sizes in found.items()]
     return tuple(sorted(kinds, key=lambda kind: (-kind.memory_bytes, kind.type)))
-
-
-def shape_of(replica: Replica, types: Mapping[GpuId, str], profile: Profile) -> PipelineShape:
-    """A replica's stages as the cost model takes them; a stage over several types is as slow as the slowest."""
-
-    def slowest(gpus: Iterable[GpuId]) -> str:
-        names = sorted({types.get(gpu, "") for gpu in gpus})
-        return (
-            names[0]
-            if len(names) == 1
-            else max(names, key=lambda name: layer_ms(profile, tokens=1, tensor=replica.tensor, device=name))
-        )
-
-    return PipelineShape(
-        replica.tensor,
-        tuple(StageLoad(stage.layers[1] - stage.layers[0], slowest(stage.gpus)) for stage in replica.stages),
-    )
 
 
 def replica_decode_ms(problem: PlanningProblem, replica: Replica, *, running: int) -> float:

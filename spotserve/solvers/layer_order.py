@@ -11,7 +11,8 @@ from spotserve.core.snapshot import Replica
 from spotserve.solvers.draft import Draft
 from spotserve.solvers.migrate.memory import LayerChange, memory_problem, peak_of
 from spotserve.solvers.migrate.pieces import front_first, layer_of
-from spotserve.solvers.paper.layers import published_order
+from spotserve.solvers.migrate.sources import UNPLANNED
+from spotserve.solvers.paper.layers import artifact_order, published_order
 from spotserve.solvers.ranges import Catalog, Ranges, shard_at, without
 
 
@@ -31,14 +32,17 @@ def new_ranges(catalog: Catalog, seats: Mapping[GpuId, Replica], gpu: GpuId) -> 
 
 
 def gone_weights(catalog: Catalog, draft: Draft) -> dict[GpuId, Gone]:
-    """What each living GPU of an affected replica may free."""
+    """What each living GPU of an affected replica may free, and in a restart each other one that gets a position."""
     seats = {gpu: replica for replica in draft.fresh for gpu in replica.gpus}
     nothing: Ranges = {}
     known: dict[tuple[int, int], Gone] = {}
     result = {}
-    for gpu in draft.old_position:
+    old = draft.old_position
+    for gpu in (*old, *(gpu for gpu in seats if draft.released_first and gpu not in old)):
         held = draft.held.get(gpu, nothing)
-        needed = nothing if draft.released_first or gpu not in seats else new_ranges(catalog, seats, gpu)
+        # What a restart frees comes again, but for what an aborted plan left where there is no position.
+        is_kept = gpu in seats and not (draft.released_first and gpu in old)
+        needed = new_ranges(catalog, seats, gpu) if is_kept else nothing
         key = id(held), id(needed)
         if key not in known:
             known[key] = _gone(catalog, without(held, needed) if needed else held)
@@ -67,18 +71,41 @@ def layer_changes(catalog: Catalog, draft: Draft) -> tuple[LayerChange, ...]:
     return tuple(LayerChange(layer, dict(incoming[layer]), dict(freed[layer])) for layer in layers)
 
 
-def published_layers(catalog: Catalog, draft: Draft, *, memory: Mapping[GpuId, int]) -> tuple[str, ...]:
-    """The order of Algorithm 2 as printed (SpotServe, section 3.4), U_max being the least memory left on any GPU.
+def published_layers(
+    catalog: Catalog, draft: Draft, *, memory: Mapping[GpuId, int], solver: str = "paper"
+) -> tuple[str, ...]:
+    """The order of Algorithm 2 (SpotServe, section 3.4): as printed, as its artifact finds it, or none.
 
-    Nothing says that it fits: the paper's last resort is the least maximum, whatever it is.
+    As printed U_max is the least memory left on any GPU; the artifact lets nobody hold more than before, and orders the
+    layers between the embedding and the head. Nothing says that it fits: the last resort of both is the least maximum,
+    whatever it is.
     """
     changes = layer_changes(catalog, draft)
-    gpus = sorted({gpu for change in changes for gpu in (*change.incoming, *change.freed)})
-    growth = [[change.incoming.get(gpu, 0) - change.freed.get(gpu, 0) for change in changes] for gpu in gpus]
+    layers = tuple(change.layer for change in changes)
+    if solver in UNPLANNED:
+        return layers
+    if solver == "paper-artifact":
+        inner = [number for number, layer in enumerate(layers) if layer.isdigit()]
+        growth = _growth([changes[number] for number in inner])
+        order = artifact_order(growth, bound=0).order if growth else range(len(inner))
+        ends = inner[0] if inner else len(layers), inner[-1] + 1 if inner else len(layers)
+        return (*layers[: ends[0]], *(layers[inner[place]] for place in order), *layers[ends[1] :])
+    growth = _growth(changes)
     if not growth:
-        return tuple(change.layer for change in changes)
-    bound = min(memory[gpu] for gpu in gpus if gpu in memory)
-    return tuple(changes[layer].layer for layer in published_order(growth, bound=bound).order)
+        return layers
+    bound = min(memory[gpu] for gpu in _touched(changes) if gpu in memory)
+    return tuple(layers[place] for place in published_order(growth, bound=bound).order)
+
+
+def _touched(changes: Sequence[LayerChange]) -> list[GpuId]:
+    return sorted({gpu for change in changes for gpu in (*change.incoming, *change.freed)})
+
+
+def _growth(changes: Sequence[LayerChange]) -> list[list[int]]:
+    """Of each GPU that any layer touches, how much more it holds once each layer has moved."""
+    return [
+        [change.incoming.get(gpu, 0) - change.freed.get(gpu, 0) for change in changes] for gpu in _touched(changes)
+    ]
 
 
 def peak_bytes(changes: Sequence[LayerChange], order: Sequence[str], memory: Mapping[GpuId, int]) -> int:

@@ -6,16 +6,19 @@ runs goes on, is replaced live or stopped first; how a layout becomes a plan is 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from spotserve.core.cost import PipelineShape
 from spotserve.core.plan import Mode, Plan, PlanningProblem, SolverReport
 from spotserve.core.snapshot import Replica
-from spotserve.solvers.configure import Candidate, Choice, Table, configure, tabulate
+from spotserve.solvers.configure import Candidate, Choice, Table, configure, pinned, tabulate
 from spotserve.solvers.configure.mixed import MixChoice, configure_by_type
 from spotserve.solvers.estimate import workload_of
 from spotserve.solvers.facts import Facts, gather
 from spotserve.solvers.layout import Layout, LayoutBuilder
+from spotserve.solvers.migrate.sources import UNPLANNED
 from spotserve.solvers.migration_cost import MigrationCost, migration_cost
 from spotserve.solvers.registry import POLICIES, require_known
 from spotserve.solvers.rungs import Rungs
@@ -40,21 +43,22 @@ class Planner:
     def plan(self) -> Plan:
         """The best plan the ladder reaches."""
         if self.facts.policy == "reroute" and self.facts.problem.snapshot.world.replicas:
-            return self._reroute()
+            return self._reroute_by_type() if any(self.facts.types.values()) else self._reroute()
         if self.facts.mixed:
             return self._plan_by_type()
         rows = self._candidates()
         first = self._configure(rows)
         rungs = self._rungs(first.report)
-        if first.candidate is None:
-            return rungs.without_target()
+        if first.candidate is None or (self.facts.policy == "reroute" and _pins(first) == "relaxed"):
+            return rungs.without_target()  # Rerouting has its (P, M) or nothing.
         if self._keeps_everything(first.candidate):
             return rungs.unchanged()
         if self._may_be_live() and (plan := self._best_live(rows, first)) is not None:
             return plan
         layout = self._lay_out(first.candidate, self._left_running(self._kept(first.candidate)), mode="in_place")
         assert layout is not None, "a tabulated candidate fits an empty GPU"
-        return rungs.in_place(layout)
+        restart = rungs.in_place(layout)
+        return restart if self._is_worth_its_stop(restart, first.candidate, rows) else rungs.unchanged()
 
     def _rungs(self, configured: SolverReport) -> Rungs:
         """Plans of layouts for a configuration that was chosen so."""
@@ -64,6 +68,21 @@ class Planner:
         """Whether new replicas may come up beside the old: the policy wants it, or there is nothing old."""
         return self.facts.policy == "live" or not self.facts.problem.snapshot.world.replicas
 
+    def _is_worth_its_stop(self, restart: Plan, candidate: Candidate, rows: Table) -> bool:
+        """Whether what runs should stop for a better configuration; the published policies never ask.
+
+        What is hit has no choice, nor has what cannot serve its load or is not of the degrees that a person wants.
+        """
+        replicas = self.facts.problem.snapshot.world.replicas
+        if self.facts.policy != "live" or not replicas or len(self.facts.view.intact) < len(replicas):
+            return True
+        allowed, _ = pinned(self.facts.spec, rows)
+        running = allowed.find(data=len(replicas), pipeline=replicas[0].pipeline, tensor=replicas[0].tensor)
+        if running is None or running.unserved > candidate.unserved:
+            return True
+        staying = migration_cost(Rungs(self.facts, self.layouts, {}).unchanged(), running, best=candidate)
+        return migration_cost(restart, candidate, best=candidate).beats(staying)
+
     def _left_running(self, kept: tuple[Replica, ...]) -> tuple[Replica, ...]:
         """Which of the replicas that a target keeps run on beside a plan that stops first.
 
@@ -72,6 +91,7 @@ class Planner:
         if self.facts.policy == "reparallelize":
             return ()
         only_adds = len(kept) == len(self.facts.problem.snapshot.world.replicas)
+        only_adds = only_adds and self.facts.solvers["migrate"] not in UNPLANNED
         return kept if self.facts.policy != "paper" or only_adds else ()
 
     # -- replicas of one shape ------------------------------------------------------------------------------
@@ -90,7 +110,7 @@ class Planner:
         return configure(
             self.facts.spec,
             rows,
-            load_rps=self.facts.problem.snapshot.load_rps,
+            workload=workload_of(self.facts.problem),
             solver=self.facts.solvers["configure"],
         )
 
@@ -181,7 +201,11 @@ class Planner:
     # -- rerouting ------------------------------------------------------------------------------------------
 
     def _reroute(self) -> Plan:
-        """Rerouting: fixed (P, M); a hit replica is dropped, idle GPUs form new ones from storage, KV is lost."""
+        """Rerouting: fixed (P, M); a hit replica is dropped, idle GPUs form new ones from storage, KV is lost.
+
+        GPUs of a hit replica are idle once it has stopped, and then load all of their new position: its engine is
+        another one (the artifact's baseline, "ready only when fully loaded").
+        """
         replicas, untouched = self.facts.problem.snapshot.world.replicas, self.facts.view.intact
         pipeline, tensor = replicas[0].pipeline, replicas[0].tensor
         spawn = len(self.facts.idle(untouched)) // (pipeline * tensor)
@@ -198,11 +222,59 @@ class Planner:
         if not spawn and len(untouched) == len(replicas):
             return rungs.unchanged()
         layout = self.layouts.lay_out((pipeline, tensor), spawn, untouched, mode="live")
-        if layout is None:
-            # A pipeline that does not fit beside what its GPUs still hold is not formed: rerouting never restarts.
-            layout = self.layouts.lay_out((pipeline, tensor), 0, untouched, mode="live")
-            assert layout is not None, "a layout without new replicas needs no room"
+        hit = {gpu for replica in self.facts.affected(untouched) for gpu in replica.gpus}
+        if layout is None or any(gpu in hit for replica in layout.fresh for gpu in replica.gpus):
+            layout = self.layouts.lay_out((pipeline, tensor), spawn, untouched, mode="in_place")
+            assert layout is not None, "a shape that runs fits an empty GPU"
+            return rungs.in_place(layout)
         return rungs.from_storage(layout)
+
+    def _reroute_by_type(self) -> Plan:
+        """Rerouting in a fleet of several GPU types: idle GPUs form replicas of the shapes that run or were hit."""
+        replicas, untouched = self.facts.problem.snapshot.world.replicas, self.facts.view.intact
+        spawned = self._spawned_by_type(untouched)
+        count = len(untouched) + len(spawned)
+        report = SolverReport(
+            name="fixed_shape",
+            status="optimal" if count else "infeasible",
+            objective=count,
+            bound=count,
+            certificate={"kind": "fixed_shape", "replicas": count},
+        )
+        rungs = self._rungs(report)
+        if not spawned and len(untouched) == len(replicas):
+            return rungs.unchanged()
+        layout = self.layouts.lay_out_by_type(spawned, untouched, mode="live")
+        hit = {gpu for replica in self.facts.affected(untouched) for gpu in replica.gpus}
+        if layout is None or any(gpu in hit for replica in layout.fresh for gpu in replica.gpus):
+            layout = self.layouts.lay_out_by_type(spawned, untouched, mode="in_place")
+            assert layout is not None, "a shape that runs fits empty GPUs of its types"
+            return rungs.in_place(layout)
+        return rungs.from_storage(layout)
+
+    def _spawned_by_type(self, untouched: tuple[Replica, ...]) -> list[PipelineShape]:
+        """Replicas of the shapes that there are, in the order of the replicas, as many as idle GPUs have room for.
+
+        What a GPU that is gone was of is not known any more: its replica's shape counts only if another one has it.
+        """
+        most = self.facts.spec.limits.data
+        left = Counter(self.facts.types[gpu] for gpu in self.facts.idle(untouched))
+        spawned: list[PipelineShape] = []
+        known = [
+            replica
+            for replica in self.facts.problem.snapshot.world.replicas
+            if all(gpu in self.facts.types for gpu in replica.gpus)
+        ]
+        for shape in dict.fromkeys(self.facts.shape_of(replica) for replica in known):
+            needed: Counter[str] = Counter()
+            for stage in shape.stages:
+                needed[stage.device] += shape.tensor
+            while all(left[device] >= num for device, num in needed.items()) and (
+                most is None or len(untouched) + len(spawned) < most
+            ):
+                left.subtract(needed)
+                spawned.append(shape)
+        return spawned
 
 
 def _pins(choice: Choice) -> str | int | float | None:

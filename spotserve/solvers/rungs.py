@@ -16,6 +16,7 @@ from spotserve.core.cost import least_kv_blocks
 from spotserve.core.ids import GpuId
 from spotserve.core.plan import CopyKv, CopyKvDelta, CopyWeights, EpochChange, Plan, SolverReport, Step, Target
 from spotserve.solvers.actions import seconds_per_token
+from spotserve.solvers.arrange import DISCARD
 from spotserve.solvers.content import (
     RESTART_POLICIES,
     Content,
@@ -32,7 +33,7 @@ from spotserve.solvers.facts import Facts
 from spotserve.solvers.layer_order import layer_changes, peak_bytes, published_layers
 from spotserve.solvers.layout import Layout, LayoutBuilder
 from spotserve.solvers.migrate.memory import order_layers
-from spotserve.solvers.migrate.sources import LAYER_BY_LAYER
+from spotserve.solvers.migrate.sources import LAYER_BY_LAYER, PAPER_SOLVERS
 from spotserve.solvers.prices import cost_of
 from spotserve.solvers.steps import StepWriter, busiest_port_s
 from spotserve.solvers.window import CUT_OVER_TRIPS, stop_window
@@ -65,7 +66,8 @@ class Rungs:
         kv = kv_of(self.facts, layout)
         for doomed in (True, False):
             sources = senders(self.facts, doomed=doomed)
-            if (kept := self._descend(partial(self._live_with_kv, layout, sources, kv))) is not None:
+            kept = self._descend(partial(self._live_with_kv, layout, sources, kv)) if self._moves_kv else None
+            if kept is not None:
                 return kept
             plan = self._live(layout, content_of(self.facts, layout, sources, {}), "tokens_only")
             if self._in_time(plan):
@@ -75,7 +77,7 @@ class Rungs:
     def in_place(self, layout: Layout) -> Plan:
         """A plan that stops first: layer by layer if memory and time allow, else all at once."""
         if self.facts.policy not in RESTART_POLICIES and self.facts.solvers["migrate"] in LAYER_BY_LAYER:
-            for keeps_kv in (True, False):
+            for keeps_kv in (True, False) if self._moves_kv else (False,):
                 if (plan := self._descend(partial(self._layered, layout, keeps_kv))) is not None:
                     return plan
         sources = allowed(self.facts, [gpu for replica in layout.untouched for gpu in replica.gpus])
@@ -102,6 +104,11 @@ class Rungs:
         """What runs is what should run."""
         layout = Layout(tuple(self.facts.problem.snapshot.world.replicas), (), (), ())
         return self._finish(draft_of(self.facts, layout, Content()), (), "all_kv", self.decided)
+
+    @property
+    def _moves_kv(self) -> bool:
+        """Whether who is interrupted may keep KV at all."""
+        return self.facts.solvers["arrange"] != DISCARD
 
     # -- deadlines ------------------------------------------------------------------------------------------
 
@@ -175,10 +182,12 @@ class Rungs:
 
     def _as_published(self, draft: Draft) -> Draft:
         """The draft; `paper` sends its weights one layer after the other, in the order of its Algorithm 2."""
-        if self.facts.solvers["migrate"] != "paper":
+        solver = self.facts.solvers["migrate"]
+        if solver not in PAPER_SOLVERS:
             return draft
         memory = self.layouts.free_of_pools(draft)
-        return replace(draft, layer_by_layer=published_layers(self.facts.catalog, draft, memory=memory))
+        order = published_layers(self.facts.catalog, draft, memory=memory, solver=solver)
+        return replace(draft, layer_by_layer=order)
 
     # -- in place -------------------------------------------------------------------------------------------
 
@@ -243,7 +252,7 @@ class Rungs:
         problem = self.facts.problem
         placed = all(action.to_replica is not None for action in draft.actions)
         serves = bool(draft.target) or not problem.snapshot.world.replicas
-        estimates = estimate(steps, self.facts.view.remaining_s, link_bytes_per_s=problem.spec.profile.link_bytes_per_s)
+        estimates = estimate(steps, self.facts.view.remaining_s, profile=problem.spec.profile)
         return Plan(
             epoch=EpochChange.model_validate({"from": problem.snapshot.world.epoch, "to": problem.epoch_to}),
             trigger=problem.trigger,

@@ -140,7 +140,8 @@ class StepWriter:
                     before[gpu] = self._release(replica, gpu, slices, [commit])
                 elif kept < replica.kv_blocks and any(gpu in new.gpus for new in self.draft.fresh):
                     shrunk[gpu] = self._release(replica, gpu, {}, [commit], kv=False, keep_blocks=kept)
-        opened = {**dict.fromkeys(self.old, commit), **before, **shrunk}
+        cleared = self._clear_left_over(commit) if order is None else {}
+        opened = {**dict.fromkeys(self.old, commit), **before, **shrunk, **cleared}
         for replica in self.draft.fresh:
             self._reserve(replica, with_weights=False, after={gpu: opened.get(gpu, commit) for gpu in replica.gpus})
         for route, transfers in self.draft.kv.items():
@@ -162,6 +163,15 @@ class StepWriter:
                     slices = {} if gpu in self.reserved else self._unneeded(gpu)
                     self._release(replica, gpu, slices, waits, kv=gpu not in before)
         return tuple(self.steps)
+
+    def _clear_left_over(self, commit: StepId) -> dict[GpuId, StepId]:
+        """A restart counts on empty GPUs: those without an old position drop what they hold and will not need."""
+        return {
+            gpu: self._release(replica, gpu, self._unneeded(gpu), [commit], kv=False)
+            for replica in self.draft.fresh
+            for gpu in replica.gpus
+            if gpu not in self.old and self._unneeded(gpu)
+        }
 
     def _kv_deltas(self, without_pool: set[GpuId]) -> dict[GpuId, StepId]:
         """The last blocks of every rectangle; then old pools make way for weights. What a GPU's weights wait for."""
@@ -467,7 +477,7 @@ class StepWriter:
             Release(
                 id=self._next(),
                 depends_on=tuple(depends_on),
-                reason="replica_lost" if replica in self.draft.view.lost else "replica_retires",
+                reason=self._leaving(replica, gpu),
                 workers=(gpu,),
                 replica=replica.id,
                 generation=replica.generation,
@@ -476,10 +486,16 @@ class StepWriter:
                 keep_blocks=keep_blocks,
                 bytes=self.catalog.bytes(ranges) + pool,
                 estimated_s=self._round_trip(),
-                before=position_text(replica, gpu),
+                before=position_text(self.old.get(gpu), gpu),
                 after=position_text(self.seats.get(gpu), gpu),
             )
         )
+
+    def _leaving(self, replica: Replica, gpu: GpuId) -> Reason:
+        """Why something is freed: its position goes, or a new one needs the room."""
+        if gpu not in self.old:
+            return self._opening()
+        return "replica_lost" if replica in self.draft.view.lost else "replica_retires"
 
     def _round_trip(self) -> float:
         return self.draft.problem.spec.profile.round_trip_s
@@ -540,3 +556,12 @@ def busiest_port_s(steps: Iterable[Step], *, link_bytes_per_s: float) -> float:
                 ports["out", source] += step.bytes
                 ports["in", destination] += step.bytes
     return max(ports.values(), default=0) / link_bytes_per_s
+
+
+def busiest_storage_s(steps: Iterable[Step], *, storage_bytes_per_s: float) -> float:
+    """Seconds that the busiest instance needs for what `steps` load: its GPUs share one way to storage."""
+    loads: dict[str, int] = defaultdict(int)
+    for step in steps:
+        if isinstance(step, LoadWeights):
+            loads[instance_of(step.workers[0])] += step.bytes
+    return max(loads.values(), default=0) / storage_bytes_per_s

@@ -14,7 +14,7 @@ from spotserve.solvers.actions import (
     seconds_per_token,
     tokens_left,
 )
-from spotserve.solvers.arrange import ArrangeProblem, Decoder, Port, Stream, arrange
+from spotserve.solvers.arrange import BY_FORMULA, ArrangeProblem, Decoder, Port, Stream, arrange
 from spotserve.solvers.draft import Draft
 from spotserve.solvers.estimate import margin_s
 from spotserve.solvers.result import Result
@@ -30,8 +30,8 @@ CUT_OVER_TRIPS = 4
 def stop_window(draft: Draft, solver: str) -> tuple[Window, Result[Window] | None]:
     """When the stop may begin and by when it must have, and how the solver found that; None without a deadline.
 
-    `scan` stops once copies are done and finishing requests gone, but never where a stop would be too late; `paper`
-    decodes for as long as it can. Without a target there is nothing to hurry for: the last moment.
+    `scan` stops once copies are done and finishing requests gone, but never where a stop would be too late; those of
+    the paper decode for as long as they can. Without a target there is nothing to hurry for: the last moment.
     """
     left = draft.view.remaining_s
     finishing = finishing_s(draft.problem, draft.affected, draft.actions)
@@ -43,7 +43,7 @@ def stop_window(draft: Draft, solver: str) -> tuple[Window, Result[Window] | Non
     window = Window(0.0, 0.0)
     if result.answer is not None:
         first_s, last_s = result.answer.first_us / MICROSECONDS, result.answer.last_us / MICROSECONDS
-        is_last = solver == "paper" or not draft.target
+        is_last = solver in BY_FORMULA or not draft.target
         begin_s = last_s if is_last else round(min(max(first_s, finishing), last_s), 6)
         # In place, KV is given up if the commit has not come by then, a little after the stop has begun.
         late_s = margin_s(left) / 2 if draft.mode == "in_place" and draft.kv else 0.0

@@ -39,7 +39,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 EXAMPLES = CHECKOUT / "examples" / "scenarios"
 TINY = EXAMPLES / "tiny.toml"
 SVG = "{http://www.w3.org/2000/svg}"
-FILES = {"result.json", "report.html", *(f"{name}.svg" for name in PICTURES)}
+FILES = {"result.json", "report.html", "trace.json", "workload.json", *(f"{name}.svg" for name in PICTURES)}
 
 Said = Callable[..., tuple[int, str, str]]
 
@@ -98,6 +98,39 @@ def test_files_are_written_and_are_what_was_printed(said: Said, tmp_path: Path) 
     assert 0 == said("simulate", TINY, "--out", second)[0]
     for name in FILES:
         assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_what_was_played_can_be_played_again(said: Said, tmp_path: Path) -> None:
+    """Tests that the trace and the requests that --out writes are files of ours, and give the same run again."""
+    text = TINY.read_text(encoding="utf-8").replace("instances = 2", "hazards = [{zone = 'a', instances = 3}]")
+    text = text.replace("[trace]", "[trace]\nshared_shocks_per_day = 5000\ngrace_s = 5").replace("cv = 1.0", "cv = 3.0")
+    drawn, again = tmp_path / "drawn.toml", tmp_path / "again.toml"
+    drawn.write_text(text, encoding="utf-8")
+    code, first, _ = said("simulate", drawn, "--out", tmp_path, "--json")
+    assert 0 == code
+    kept, _, _ = TINY.read_text(encoding="utf-8").partition("[trace]")
+    files = "[trace]\nfile = 'trace.json'\n[workload]\nfile = 'workload.json'\n[slo]\nlatency_s = 10\n"
+    again.write_text(kept + files, encoding="utf-8")
+    code, second, _ = said("simulate", again, "--json")
+    assert 0 == code
+    assert json.loads(first)["runs"] == json.loads(second)["runs"]
+    assert json.loads(first)["scenario"]["trace_notes"] == json.loads(second)["scenario"]["trace_notes"]
+
+
+def test_gpus_of_several_types(said: Said, tmp_path: Path) -> None:
+    """Tests that the table names each type, that all GPUs are drawn, and that `paper` is refused, as it knows one."""
+    table = "[hardware.types.l4]\ngpus_per_instance = 2\ngpu_memory_bytes = 22_000_000_000"
+    table += "\nspot_usd_per_hour = 1.0\nondemand_usd_per_hour = 2.3\n[trace]\ngpu_types = ['own', 'l4']"
+    path = tmp_path / "mixed.toml"
+    path.write_text(TINY.read_text(encoding="utf-8").replace("[trace]", table), encoding="utf-8")
+    code, text, _ = said("simulate", path, "--out", tmp_path / "out")
+    assert 0 == code
+    assert re.search(r"^ +l4: 2 GPUs of 22 GB, 1 USD/h spot, 2.3 on demand$", text, re.MULTILINE)
+    run = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))["runs"][0]
+    assert 6 == max(moment["gpus_there"] for moment in run["timeline"])
+    code, _, error = said("simulate", path, "--policy", "live", "--policy", "paper+static")
+    assert 2 == code
+    assert "--policy paper+static plans for one GPU type only, and trace 2 that stay has several" in error
 
 
 def test_seeds_are_drawn_anew(said: Said) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from spotserve.core import commands as cmd
 from spotserve.core import events as ev
 from spotserve.core.admission import admit, start_of, tokens_again
@@ -12,10 +14,10 @@ from spotserve.core.wire import ChoicePosition
 from tests.planning_worlds import tiny_spec
 
 
-def cluster(*, batching: str, waiting: int, owned: dict[str, int]) -> ClusterState:
+def cluster(*, batching: str, waiting: int, owned: dict[str, int], static_batches: int = 2) -> ClusterState:
     """Replicas of one GPU each that own so many requests, and requests that wait."""
     spec = tiny_spec()
-    limits = spec.limits.model_copy(update={"batching": batching})
+    limits = spec.limits.model_copy(update={"batching": batching, "static_batches": static_batches})
     replicas, requests, instances = {}, {}, {}
     for number, (name, count) in enumerate(owned.items()):
         gpu = GpuId(f"i{number}/0")
@@ -76,6 +78,15 @@ def test_one_full_batch_waits_beside_the_one_that_runs() -> None:
     given = handed_out(cluster(batching="static", waiting=20, owned={"r1": 4, "r2": 2}))
     assert {name: len(names) for name, names in given.items()} == {"r1": 4, "r2": 6}
     assert given["r2"][:2] == ["w0", "w1"]
+
+
+@pytest.mark.parametrize(
+    ("batches", "given"), [(0, {"r3": 4}), (1, {"r2": 2, "r3": 4}), (2, {"r1": 4, "r2": 6, "r3": 8})]
+)
+def test_how_many_batches_a_replica_may_hold(batches: int, given: dict[str, int]) -> None:
+    """Tests that replicas are filled up to so many batches' worth, and with none of them only one that is idle."""
+    state = cluster(batching="static", waiting=30, owned={"r1": 4, "r2": 2, "r3": 0}, static_batches=batches)
+    assert {name: len(names) for name, names in handed_out(state).items()} == given
 
 
 def test_continuous_batching_fills_places() -> None:

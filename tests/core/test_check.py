@@ -11,11 +11,22 @@ import pytest
 
 from spotserve.core.canonical import canonical_json
 from spotserve.core.check import check_plan, read_plan, verify
+from spotserve.core.cost import replica_shards
 from spotserve.core.finding import Finding
 from spotserve.core.plan import Plan, Trigger
 from spotserve.core.strict_json import MAX_DEPTH
 from spotserve.solvers.planner import make_plan
-from tests.planning_worlds import KIB, MIB, lost, notice, random_problem, running_problem, tiny_spec, with_memory
+from tests.planning_worlds import (
+    KIB,
+    MIB,
+    lost,
+    notice,
+    random_problem,
+    running_problem,
+    tiny_spec,
+    with_left_over,
+    with_memory,
+)
 
 Raw = dict[str, Any]
 
@@ -46,6 +57,15 @@ def restart_plan() -> Plan:
             tiny_spec(policy="reparallelize"), shape=(1, 2, 1), memory_bytes=3 * MIB, trigger=notice("i1"), spare=1
         )
     )
+
+
+def left_over_plan() -> Plan:
+    """A restart whose spare GPU first drops what an aborted plan left on it: the other stage's weights."""
+    problem = running_problem(
+        tiny_spec(policy="reparallelize"), shape=(1, 2, 1), memory_bytes=1800 * KIB, trigger=notice("i1"), spare=1
+    )
+    stages = replica_shards(problem.spec.model, pipeline=2, tensor=1)
+    return make_plan(with_left_over(problem, "i2/0", stages[0]))
 
 
 def layered_plan(*, memory_bytes: int = 1600 * KIB, kv_blocks: int = 5) -> Plan:
@@ -87,7 +107,7 @@ def drop(data: Raw, dropped: Raw) -> None:
             one["depends_on"] = sorted({*one["depends_on"], *dropped["depends_on"]} - {dropped["id"]})
 
 
-@pytest.mark.parametrize("plan", [spare_plan, loss_plan, restart_plan, layered_plan, shrinking_plan])
+@pytest.mark.parametrize("plan", [spare_plan, loss_plan, restart_plan, left_over_plan, layered_plan, shrinking_plan])
 def test_whole_plans_are_ok(plan: Callable[[], Plan]) -> None:
     """Tests that each plan that the other tests spoil has no finding before."""
     assert () == check_plan(plan())
@@ -352,6 +372,37 @@ def test_kept_blocks(change: Raw, code: str) -> None:
     for release in [one for one in data["steps"] if one.get("keep_blocks") is not None]:
         release.update(change)
     assert code in codes(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"kv": True}, "double_owner"),
+        ({"keep_blocks": 1}, "double_owner"),
+        ({"generation": 3}, "double_owner"),
+        ({"workers": ["i0/0"]}, "double_owner"),
+        ({"workers": ["i1/0"]}, "double_owner"),
+        ({"depends_on": []}, "wrong_order"),
+        ({"slices": []}, "over_memory"),
+    ],
+    ids=str,
+)
+def test_left_over_weights(change: Raw, code: str) -> None:
+    """Tests that what makes room for a new position is there, is nobody's, and frees no KV pool."""
+    data = raw(left_over_plan())
+    release = next(one for one in data["steps"] if one["kind"] == "release" and one["workers"] == ["i2/0"])
+    release.update(change)
+    assert code in codes(data)
+
+
+def test_room_is_made_before_it_is_reserved() -> None:
+    """Tests that a position does not begin before the left-over weights that its memory is short of are gone."""
+    data = raw(left_over_plan())
+    release = next(one for one in data["steps"] if one["kind"] == "release" and one["workers"] == ["i2/0"])
+    for one in data["steps"]:
+        if one["kind"] == "reserve" and one["workers"] == ["i2/0"]:
+            one["depends_on"] = release["depends_on"]
+    assert {"over_memory"} == codes(data)
 
 
 def test_shrinks_before_it_is_read() -> None:

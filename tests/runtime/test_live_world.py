@@ -12,9 +12,10 @@ import pytest
 from spotserve.core import commands as cmd
 from spotserve.core import events as ev
 from spotserve.core.ids import ReplicaId, RequestId
+from spotserve.core.plan import Trigger
 from spotserve.core.ports import NewRequest
 from spotserve.core.sampling import RankedToken, SamplingParameters, TokenLogprobs
-from spotserve.core.wire import TokenRun
+from spotserve.core.wire import ReleaseCommand, TokenRun
 from spotserve.runtime.live_world import LiveWorld
 from spotserve.store import content as stored_content
 from spotserve.store.ledger import Ledger, Owner, StoredRequest
@@ -39,12 +40,12 @@ class WatchedLedger(Ledger):
         return stored
 
 
-def world_over(ledger: Ledger, state: Any) -> LiveWorld:
-    """A world that has nothing but a ledger and a state."""
+def world_over(ledger: Any, state: Any, *, switchboard: Any = None) -> LiveWorld:
+    """A world that has nothing but a ledger, a state and perhaps workers."""
     absent: Any = None
     return LiveWorld(
         absent,
-        switchboard=absent,
+        switchboard=switchboard,
         cloud=absent,
         planner=absent,
         ledger=ledger,
@@ -106,3 +107,44 @@ def test_a_cancel_that_comes_after_the_end_leaves_no_second_record(tmp_path: Pat
     assert asyncio.run(asyncio.wait_for(scenario(), TIMEOUT_S))
     assert "finished" == ledger.content(A).ended
     ledger.shutdown()
+
+
+class Workers:
+    """Workers that tell what they hold, and note what they are told to free."""
+
+    def __init__(self, roles: list[dict[str, Any]]) -> None:
+        self.roles = roles
+        self.freed: list[tuple[str, str, int]] = []
+
+    def connected(self) -> dict[str, None]:
+        """One worker."""
+        return {"i0/0": None}
+
+    async def command(self, worker: str, command: Any) -> SimpleNamespace:
+        """Answer a probe, note a release."""
+        if isinstance(command, ReleaseCommand):
+            assert (None, True) == (command.slices, command.keep_weights)
+            self.freed.append((worker, command.replica, command.generation))
+        return SimpleNamespace(ok=True, result={"shards": [], "slices": [], "positions": [], "roles": self.roles})
+
+
+def test_a_snapshot_frees_positions_of_replicas_that_are_no_more() -> None:
+    """Tests that what a release failed to free goes before the next plan, and that what runs stays."""
+    names = [("r1", 1, "serving"), ("r1", 2, "serving"), ("r2", 2, "lost"), ("r3", 3, "serving")]
+    entries = [
+        SimpleNamespace(replica=SimpleNamespace(id=name, generation=generation), state=state)
+        for name, generation, state in names[1:]
+    ]
+    workers = Workers([{"replica": name, "generation": generation} for name, generation, _ in names])
+
+    async def scenario() -> list[ev.Event]:
+        state = SimpleNamespace(replicas={entry.replica.id: entry for entry in entries})
+        world = world_over(None, state, switchboard=workers)
+        world.submit("7.0", cmd.TakeSnapshot(trigger=Trigger(kind="joined")))
+        events = list(await world.next_events())
+        await asyncio.gather(*world._tasks)
+        return events
+
+    (taken,) = asyncio.run(asyncio.wait_for(scenario(), TIMEOUT_S))
+    assert "snapshot_taken" == taken.kind
+    assert [("i0/0", "r1", 1), ("i0/0", "r2", 2)] == workers.freed

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
-from spotserve.core import admission, plan_run, planning, record
+from spotserve.core import admission, observe, plan_run, planning, record
 from spotserve.core import commands as cmd
 from spotserve.core import decide as decide_module
 from spotserve.core import events as ev
 from spotserve.core.controller import Entry
+from spotserve.core.plan import CopyWeights, LoadWeights, Plan, PlanningProblem
 from spotserve.core.state import ClusterState
 from spotserve.sim import checkers
+from spotserve.sim import world as world_module
 from spotserve.sim.checkers import Violation
 from spotserve.sim.streams import ClientStream
 from spotserve.sim.swarm.drawing import draw_scenario
@@ -26,7 +28,8 @@ from spotserve.solvers.planner import make_plan
 MOVES = 44
 """A seed whose migrations move the KV of live requests, more than once."""
 
-SEEDS = (MOVES, *range(60))
+SEEDS = (MOVES, 0, 1, 10, 13, 57, *range(60))
+"""Those that show a planted fault first, then others, should decisions have changed."""
 
 
 def first_violations(promise: str) -> list[str]:
@@ -128,6 +131,51 @@ def test_p5_sees_a_run_without_patience(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(VirtualWorld, "_step_outcome", silent)
     monkeypatch.setattr(plan_run, "RUN_PATIENCE_S", 200.0)
     assert "goes on after" in " ".join(first_violations("P5"))
+
+
+def test_p5_sees_a_stop_that_never_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that a service which is told to stop and does not is seen."""
+    policies = tuple(policy for policy in decide_module.POLICIES if policy is not decide_module._stopping)
+    monkeypatch.setattr(decide_module, "POLICIES", policies)
+    assert "goes on after its drain" in " ".join(first_violations("P5"))
+
+
+def test_a_release_that_nobody_asks_for_again_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that a worker which keeps what it failed to free is found, were it freed at no snapshot either."""
+    monkeypatch.setattr(observe, "RELEASE_TRIES", 1)
+    monkeypatch.setattr(VirtualWorld, "_free_unknown", lambda self: None)
+    assert "which does not serve" in " ".join(first_violations("memory"))
+
+
+def larger_pools(problem: PlanningProblem) -> Plan:
+    """A plan whose pools are larger than its planner counted."""
+    plan = make_plan(problem)
+    new = [replica.generation == plan.epoch.to for replica in plan.target.replicas]
+    replicas = tuple(
+        replica.model_copy(update={"kv_blocks": 2 * replica.kv_blocks}) if is_new else replica
+        for replica, is_new in zip(plan.target.replicas, new, strict=True)
+    )
+    return plan.model_copy(update={"target": plan.target.model_copy(update={"replicas": replicas})})
+
+
+def forgetful_copies(problem: PlanningProblem) -> Plan:
+    """A plan that leaves one range of weights where it was."""
+    plan = make_plan(problem)
+    steps = tuple(
+        step.model_copy(update={"slices": step.slices[1:]}) if isinstance(step, CopyWeights | LoadWeights) else step
+        for step in plan.steps
+    )
+    return plan.model_copy(update={"steps": steps})
+
+
+@pytest.mark.parametrize(("planner", "told"), [(larger_pools, "counts on memory"), (forgetful_copies, "lacks weights")])
+def test_workers_hold_a_plan_to_what_they_have(
+    planner: Callable[[PlanningProblem], Plan], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tests that a plan which the checker lets pass by mistake fails at workers that count for themselves."""
+    monkeypatch.setattr(world_module, "check_plan", lambda plan: ())
+    violations = SeedRun(draw_scenario(MOVES), planner).run().violations
+    assert told in " ".join(str(one) for one in violations if one.promise == "error")
 
 
 # Planted in the record

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from spotserve.cli.scenario_file import trace_of
+from spotserve.core.events import WorkerRegistered
+from spotserve.core.spec import DeviceProfile
 from spotserve.core.trace import Trace, TraceEvent, instance_counts
+from spotserve.sim.hardware import OtherMachine
 from spotserve.sim.measures import RunResult
 from spotserve.sim.scenario import ONDEMAND, Scenario, TraceChoice
 from spotserve.sim.simulation import simulate
@@ -210,3 +213,48 @@ def test_on_demand_instances_have_their_own_price() -> None:
     cost = simulate(scenario, ONDEMAND, make_plan).cost
     assert pytest.approx(4 / 60, abs=1e-6) == cost.instance_hours
     assert pytest.approx(4 / 60 * 3.0, abs=1e-5) == cost.usd
+
+
+def two_types(*slow: str, later: tuple[TraceEvent, ...] = ()) -> Scenario:
+    """Four instances for a minute, of which the `slow` ones have two GPUs that take three times as long."""
+    bought = [event(0, "add", f"i{index}") for index in range(4)]
+    events = [
+        one.model_copy(update={"gpu_type": "slow"}) if one.kind == "add" and one.instances[0] in slow else one
+        for one in (*bought, *later)
+    ]
+    scenario = small_scenario(Trace(name="two types", events=tuple(events), end_s=60.0), rate_rps=1.0)
+    profile = scenario.spec.profile
+    times = tuple(point.model_copy(update={"layer_ms": 3 * point.layer_ms}) for point in profile.latencies)
+    devices = (DeviceProfile(type="slow", latencies=times),)
+    machine = OtherMachine(
+        gpus_per_instance=2, gpu_memory_bytes=7 * MIB, spot_usd_per_hour=1.5, ondemand_usd_per_hour=4.0
+    )
+    return replace(
+        scenario,
+        spec=scenario.spec.model_copy(update={"profile": profile.model_copy(update={"devices": devices})}),
+        hardware=scenario.hardware.model_copy(update={"types": {"slow": machine}}),
+    )
+
+
+@pytest.mark.parametrize("policy", ["live", "reroute", "reparallelize"])
+def test_gpus_of_two_types(policy: str) -> None:
+    """Tests that instances register what their type has, layers go by the types' speed, and each has its price."""
+    later = (event(10, "kill", "i0"), event(12, "notice", "i1", grace_s=8.0), event(30, "add", "i4"))
+    scenario = two_types("i0", "i1", "i4", later=later)
+    journal = Entries()
+    result = simulate(scenario, policy, make_plan, journal=journal)
+    registered = [entry.event for entry in journal.kept if isinstance(entry.event, WorkerRegistered)]
+    own, slow = ("", 1, 6 * MIB), ("slow", 2, 7 * MIB)
+    assert {"i0": slow, "i1": slow, "i2": own, "i3": own, "i4": slow} == {
+        one.instance: (one.gpu_type, one.num_gpus, one.memory_bytes) for one in registered
+    }
+    assert result.requests.accepted == result.requests.finished > 0
+    assert (3, 4) == (result.timeline[-1].instances, result.timeline[-1].gpus_there)
+    assert pytest.approx((2 * 60 * 1.0 + (10 + 20 + 35) * 1.5) / 3600, abs=1e-5) == result.cost.usd
+
+
+def test_a_slower_type_takes_its_own_time() -> None:
+    """Tests that a fleet of a type that is three times as slow takes three times as long for a token."""
+    own = simulate(two_types(), "live", make_plan)
+    slow = simulate(two_types("i0", "i1", "i2", "i3"), "live", make_plan)
+    assert 2.0 < slow.tpot_s.p50 / own.tpot_s.p50 < 3.5

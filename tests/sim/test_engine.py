@@ -104,6 +104,47 @@ def played(pipeline: int, seed: str, *, jumps: bool, kv_blocks: int) -> tuple[He
     return heard, agenda.now_s
 
 
+@pytest.mark.parametrize(("refill_s", "together"), [(0.0, False), (0.5, True)])
+def test_a_static_replica_is_filled_up_before_its_next_batch(refill_s: float, together: bool) -> None:
+    """Tests that who is handed over just after a batch's end runs in the next batch if the replica waits for it."""
+    agenda, heard = Agenda(), Heard()
+    replica = SimulatedReplica(
+        replica_of(1, max_running=2), durations=ByRows(1), agenda=agenda, sink=heard, is_static=True, refill_s=refill_s
+    )
+
+    def ask(*indices: int) -> None:
+        replica.admit(
+            (
+                Sequence(
+                    request=RequestId(f"q{index}"),
+                    choice=0,
+                    kv_generation=1,
+                    arrival_index=index,
+                    prompt_tokens=9,
+                    max_tokens=20,
+                ),
+                20,
+            )
+            for index in indices
+        )
+
+    def look() -> None:
+        if heard.tokens.get(("q0", 0)) == 20 and ("q3", 0) not in heard.tokens and not asked:
+            asked.append(True)
+            ask(3)
+        if agenda.now_s < 2:
+            agenda.after(0.0001, look)
+
+    asked: list[bool] = []
+    replica.start()
+    ask(0, 1, 2)
+    agenda.after(0.0, look)
+    agenda.next_event(10.0)
+    assert heard.first_s["q0", 0] == heard.first_s["q1", 0]
+    assert (heard.first_s["q2", 0] == heard.first_s["q3", 0]) is together
+    assert {20} == set(heard.tokens.values())
+
+
 @pytest.mark.parametrize("pipeline", [1, 2, 3, 5])
 @pytest.mark.parametrize("number", range(2))
 @pytest.mark.parametrize("kv_blocks", [400, 60])

@@ -87,8 +87,8 @@ def test_failed_delta_is_recomputed() -> None:
     assert line.recomputed_tokens > 0
 
 
-@pytest.mark.parametrize("told_s", [0.0, 0.2, 3.0])
-@pytest.mark.parametrize("delay_s", [0.0, 0.02])
+@pytest.mark.parametrize("told_s", [0.2, *(pytest.param(told_s, marks=pytest.mark.swarm) for told_s in (0.0, 3.0))])
+@pytest.mark.parametrize("delay_s", [0.02, pytest.param(0.0, marks=pytest.mark.swarm)])
 @pytest.mark.parametrize("end", [0, -1], ids=["first-worker", "last-worker"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_worker_of_a_step_dies_after_the_commit(kind: str, end: int, delay_s: float, told_s: float) -> None:
@@ -103,14 +103,21 @@ def test_worker_of_a_step_dies_after_the_commit(kind: str, end: int, delay_s: fl
     check_calm(stage)
 
 
-@pytest.mark.parametrize("victim", [None, "i0", "i1"])
-def test_restart_at_every_entry_in_place(victim: str | None) -> None:
+@pytest.mark.parametrize(
+    ("victim", "first"),
+    [
+        pytest.param(victim, first, marks=() if (victim, first) == ("i0", 4) else pytest.mark.swarm)
+        for victim in (None, "i0", "i1")
+        for first in (4, 6, 8)
+    ],
+)
+def test_restart_at_every_entry_in_place(victim: str | None, first: int) -> None:
     """Tests that the coordinator may die after any entry of an in_place run, with or without an instance."""
     reference = short_stage()
     reference.notice(4.0, "i0", grace_s=5.0)
     reference.play(20.0)
     assert "in_place" == reference.controller.state.migrations[0].mode
-    for cut in range(4, len(reference.journal.entries), 2):
+    for cut in range(first, len(reference.journal.entries), 6):
         stage = short_stage()
         stage.notice(4.0, "i0", grace_s=5.0)
         stage.world.crash_coordinator_after(cut)

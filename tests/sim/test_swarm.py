@@ -17,11 +17,11 @@ from spotserve.sim.world import check_streams
 from tests.sim.test_virtual_world import Stage
 
 NUM_SEEDS = 200
-QUICK_SHARE = 5
+QUICK_SHARE = 20
 
 
 def seeds(first: int, count: int) -> list[Any]:
-    """Seeds from `first` on; `make quick` takes a fifth of them, `make test` all."""
+    """Seeds from `first` on; `make quick` takes a twentieth of them, `make test` all."""
     marks = [() if index < count // QUICK_SHARE else (pytest.mark.swarm,) for index in range(count)]
     return [pytest.param(first + index, marks=mark) for index, mark in enumerate(marks)]
 
@@ -118,14 +118,15 @@ def check_replay(stage: Stage) -> None:
     assert digest(stage.controller.state) == digest(state)
 
 
-def test_restart_at_every_entry() -> None:
+@pytest.mark.parametrize("first", [2, *(pytest.param(first, marks=pytest.mark.swarm) for first in (5, 8))])
+def test_restart_at_every_entry(first: int) -> None:
     """Tests that a coordinator that dies after any entry goes on from the fold and loses nothing."""
     reference = Stage(seed=7)
     reference.requests(6, max_tokens=80)
     reference.notice(4.0, "i0", grace_s=5.0)
     reference.play(100.0)
     total = len(reference.journal.entries)
-    for cut in range(2, total, 3):
+    for cut in range(first, total, 9):
         check_restart(cut)
 
 

@@ -15,14 +15,14 @@ import pytest
 from spotserve.cli.main import run_verb
 from spotserve.core import admission, plan_run, planning
 from spotserve.core.state import ClusterState, Request
-from spotserve.sim.swarm.drawing import STEP_KINDS, CoordinatorCrash, SwarmScenario, draw_scenario
+from spotserve.sim.swarm.drawing import STEP_KINDS, CoordinatorCrash, Shares, SwarmScenario, draw_scenario
 from spotserve.sim.swarm.injection import FAULT_CLASSES
 from spotserve.sim.swarm.running import SeedResult, SeedRun, run_seed
 from spotserve.solvers.planner import make_plan
 
 NUM_SEEDS = 200
 PER_TEST = 20
-QUICK_SHARE = 5
+QUICK_SHARE = 10
 
 FOUND = {
     61: "a machine that died while it joined came half back (the virtual world)",
@@ -30,12 +30,18 @@ FOUND = {
     1711: "after a restart behind a commit a leader was told of KV that had not moved",
     4032: "KV that a first migration left behind was held against the next one (the virtual world)",
     1821: "a leader took again what it had sampled to its end (the virtual world)",
+    105: "a restart counted on room that weights of an aborted plan took on an idle GPU",
+    254: "the same, beside a replica that went on",
+    744: "a reserve that was short of room made some of left-over weights that its own position was to use",
+    849: "an instance that was about to be taken was held for capacity that is back (the swarm)",
+    1186: "weights came for a position that was gone, and took room for ever (the virtual world)",
+    1898: "a reserve of a coordinator that had died came about under the next one (the virtual world)",
 }
 """Seeds that showed a fault, and which; each is mended."""
 
 
 def ranges() -> list[Any]:
-    """Ranges of seeds; `make quick` takes a fifth of them, `make test` all."""
+    """Ranges of seeds; `make quick` takes a tenth of them, `make test` all."""
     firsts = range(0, NUM_SEEDS, PER_TEST)
     marks = [() if index < len(firsts) // QUICK_SHARE else (pytest.mark.swarm,) for index in range(len(firsts))]
     return [pytest.param(first, marks=mark) for first, mark in zip(firsts, marks, strict=True)]
@@ -82,10 +88,11 @@ def test_found_faults_stay_mended(seed: int) -> None:
     assert [] == [str(violation) for violation in result_of(seed).violations]
 
 
-@pytest.mark.parametrize("seed", [114, 493])
-def test_a_restart_fetches_nothing_twice(seed: int) -> None:
-    """Tests that a restart in place does not fetch what an idle GPU still holds of a run that was aborted."""
-    assert [] == [refused for refused in result_of(seed).refused_plans if "double_owner" in refused]
+@pytest.mark.parametrize("first", ranges())
+def test_every_plan_is_right_at_once(first: int) -> None:
+    """Tests that the checker has nothing against any plan that comes as it was made."""
+    refused = {seed: result_of(seed).refused_plans for seed in range(first, first + PER_TEST)}
+    assert {} == {seed: plans for seed, plans in refused.items() if plans}
 
 
 @pytest.mark.parametrize("seed", [44])
@@ -98,7 +105,7 @@ def test_a_seed_is_the_same_in_every_process(seed: int) -> None:
         "print(run_seed(int(sys.argv[1]), make_plan).journal_digest)\n"
     )
     digests = {result_of(seed).journal_digest + "\n"}
-    for hash_seed in ("0", "1", "4711"):
+    for hash_seed in ("0", "4711"):
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
         done = subprocess.run(
             [sys.executable, "-c", script, str(seed)], capture_output=True, text=True, env=environment, check=True
@@ -108,10 +115,13 @@ def test_a_seed_is_the_same_in_every_process(seed: int) -> None:
 
 
 def test_a_late_answer_of_the_planner_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests that the seed which found it sees a plan of an older membership begin, were answers taken twice."""
+    """Tests that where answers come twice a plan of an older membership would begin, were they taken twice."""
+    shares = Shares(message_duplicate=0.7, message_late=0.2)
+    scenarios = [replace(draw_scenario(seed), shares=shares) for seed in (21, 49)]
+    assert [] == [str(violation) for one in scenarios for violation in SeedRun(one, make_plan).run().violations]
     monkeypatch.setattr(planning, "_is_answered", lambda before, event: False)
-    told = " ".join(str(violation) for violation in run_seed(123, make_plan).violations)
-    assert "P3: plan 4 puts r4 on i4/0, which leaves" in told
+    told = [str(violation) for one in scenarios for violation in SeedRun(one, make_plan).run().violations]
+    assert any("which leaves" in one for one in told)
 
 
 def crashed_at_the_commit(seed: int) -> SwarmScenario:
@@ -130,7 +140,7 @@ def crashed_at_the_commit(seed: int) -> SwarmScenario:
 
 def test_a_restart_behind_a_commit_claims_no_kv_that_did_not_move(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests that requests which start from the ledger are admitted without KV, and that the world sees it otherwise."""
-    scenario = crashed_at_the_commit(1711)
+    scenario = crashed_at_the_commit(11)
     assert [] == SeedRun(scenario, make_plan).run().violations
 
     def everything(state: ClusterState, request: Request) -> bool:

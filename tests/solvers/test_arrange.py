@@ -91,6 +91,24 @@ def test_the_paper_takes_bytes_as_of_now() -> None:
     assert (8, "feasible", 10) == (small.objective, small.status, small.bound)
 
 
+def test_the_text_decodes_as_long_as_it_is_over_in_time() -> None:
+    """Tests l_exe(S) < T- - T_mig: a token more than the artifact where half of one is left, never the whole slot."""
+    half = replace(toy(), ports=(Port("i0", 0, (GB // 24,)),))
+    assert (8, 9) == tuple(arrange(half, solver).objective for solver in ("paper", "paper-as-published"))
+    whole = replace(toy(), ports=(Port("i0", 0, (GB // 12,)),))
+    assert 8 == arrange(whole, "paper-as-published").objective
+
+
+def test_the_text_gives_up_kv_that_moves_for_longer_than_its_batch_runs() -> None:
+    """Tests the guard T_mig < l_exe(S): KV of six seconds beside three of decoding stays, weights still move."""
+    kv = replace(toy(), ports=(Port("i0", 0, (GB // 2,)),))
+    result = arrange(kv, "paper-as-published")
+    assert (None, "infeasible") == (result.answer, result.status)
+    assert {"kind": "moves_longer_than_it_runs", "bytes": 6 * GB} == result.certificate
+    weights = replace(kv, decoders=(Decoder(SECOND, ()),), ports=(Port("i0", 6 * GB, (0,)),))
+    assert 3 == arrange(weights, "paper-as-published").objective
+
+
 def test_no_stop_is_in_time() -> None:
     """Tests that KV which never ends and is too much has no answer."""
     problem = replace(toy(), decoders=(Decoder(SECOND, (Stream(None, 12, 0),)),))
@@ -193,6 +211,18 @@ def test_live_plan_stops_as_late_as_its_last_blocks_allow() -> None:
     assert 26 < (stop_of(plan).latest_s or 0) < 27
     delta = sum(step.bytes for step in plan.steps if isinstance(step, CopyKvDelta) and step.source == "i1/0")
     assert delta == statistics["bytes_now"]
+
+
+@pytest.mark.parametrize("memory_kib", [2000, 1400])
+@pytest.mark.parametrize("remaining_s", [30.0, None])
+def test_without_an_arranger_no_kv_moves(memory_kib: int, remaining_s: float | None) -> None:
+    """Tests `discard`: live or in place, everybody is computed again, and weights come from GPUs all the same."""
+    plan = planned(remaining_s, memory_kib=memory_kib, solver="discard")
+    assert ("live" if memory_kib == 2000 else "in_place") == plan.mode
+    assert not any(isinstance(step, CopyKv | CopyKvDelta) for step in plan.steps)
+    assert "move" not in {action.action for action in plan.requests}
+    assert sum(step.bytes for step in plan.steps if isinstance(step, CopyWeights)) > 0
+    assert () == check_plan(plan)
 
 
 def test_in_place_plan_leaves_time_for_all_of_its_bytes() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from spotserve.core.cost import Workload
 from spotserve.core.slices import max_tensor_degree
 from spotserve.core.snapshot import Replica
 from spotserve.core.spec import ServingSpec
-from spotserve.solvers.configure import Candidate, Choice, configure, tabulate
+from spotserve.solvers.configure import Candidate, Choice, configure, kept_shape, tabulate
+from spotserve.solvers.configure.candidates import as_table
 from tests.planning_worlds import MIB, replica, tiny_spec
 
 WORKLOAD = Workload(prompt_tokens=64, output_tokens=32, load_rps=0.0)
@@ -26,7 +29,7 @@ def chosen(
     """The choice for `gpus` equal GPUs."""
     workload = Workload(WORKLOAD.prompt_tokens, WORKLOAD.output_tokens, load_rps)
     rows = tabulate(spec, memory=[memory_bytes] * gpus, workload=workload, intact=intact)
-    return configure(spec, rows, load_rps=load_rps, solver=solver)
+    return configure(spec, rows, workload=replace(WORKLOAD, load_rps=load_rps), solver=solver)
 
 
 def degrees(choice: Choice) -> tuple[int, int, int]:
@@ -113,17 +116,26 @@ def test_pins_are_kept_while_they_fit() -> None:
 
 
 def test_running_shape_stays() -> None:
-    """Tests that a shape that is within the hysteresis of the best is kept, and the freed GPU is a spare."""
+    """Tests that a shape within the hysteresis of the best is kept, a GPU freed by it idle, and a slower one is not."""
     spec = tiny_spec()
     assert degrees(chosen(spec, gpus=3, intact=running(1))) == (1, 2, 1)
-    assert degrees(chosen(spec, gpus=3, load_rps=1.0, intact=running(1))) == (1, 2, 1)
+    assert degrees(chosen(spec, gpus=3, load_rps=1.0, intact=running(1))) == (1, 1, 2)
+
+    def latencies(kept: int) -> list[int]:
+        rows = [
+            Candidate(1, 1, 2, 4, 2, 2, 0, latency, latency, 10**6, 0, reshaped, 1)
+            for latency, reshaped in ((1000, 1), (kept, 0))
+        ]
+        return [row.latency_us for row in kept_shape(as_table(rows), load_known=True)]
+
+    assert [latencies(1100), latencies(1101)] == [[1100], [1000, 1101]]
 
 
 def test_overload_takes_the_most_throughput() -> None:
     """Tests that when nothing serves the load the choice is within 5 % of the most throughput."""
     spec = tiny_spec()
     rows = tabulate(spec, memory=[8 * MIB] * 6, workload=Workload(64, 32, 1e6), intact=())
-    choice = configure(spec, rows, load_rps=1e6, solver="enumerate")
+    choice = configure(spec, rows, workload=replace(WORKLOAD, load_rps=1e6), solver="enumerate")
     assert choice.candidate is not None
     assert choice.candidate.unserved == 1
     assert choice.candidate.throughput_urps * 1000 >= 950 * max(row.throughput_urps for row in rows)

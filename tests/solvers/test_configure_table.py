@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from spotserve.core.cost import (
 from spotserve.core.slices import kv_block_bytes, max_tensor_degree, shard_bytes
 from spotserve.core.snapshot import Replica
 from spotserve.core.spec import LatencyPoint, ServingSpec
-from spotserve.solvers.configure import CHOOSERS, Goal, Table, configure, goals_for, tabulate
+from spotserve.solvers.configure import CHOOSERS, Goal, Table, configure, goals_for, several_replicas, tabulate
 from spotserve.solvers.configure.candidates import COLUMNS, UNSERVED_US, Candidate, as_table
 from spotserve.solvers.configure.choice import choose_by_cpsat, choose_by_enumeration
 from spotserve.solvers.cp_sat import MAX_SUM, require_exact
@@ -133,7 +134,8 @@ def test_cpsat_and_enumeration_choose_the_same(number: int, rng: random.Random) 
     spec, memory = random_spec(rng), random_memory(rng)
     load_rps = rng.choice([0.0, 0.5, 5.0, 50.0, 5000.0])
     rows = tabulate(spec, memory=memory, workload=Workload(64, 32, load_rps), intact=running(rng, spec, len(memory)))
-    by_filter, by_model = (configure(spec, rows, load_rps=load_rps, solver=name) for name in ("enumerate", "cpsat"))
+    told = replace(WORKLOAD, load_rps=load_rps)
+    by_filter, by_model = (configure(spec, rows, workload=told, solver=name) for name in ("enumerate", "cpsat"))
     assert by_filter.candidate == by_model.candidate
     assert by_filter.report.status == by_model.report.status
     assert (by_filter.report.objective, by_filter.report.bound) == (by_model.report.objective, by_model.report.bound)
@@ -141,15 +143,19 @@ def test_cpsat_and_enumeration_choose_the_same(number: int, rng: random.Random) 
 
 @pytest.mark.parametrize("solver", sorted(CHOOSERS))
 def test_the_cheapest_of_what_is_about_as_fast_is_taken(solver: str) -> None:
-    """Tests that a light load does not take every GPU for the last permille, and that its choice serves with margin."""
-    spec = tiny_spec()
+    """Tests that who gives instances back takes few GPUs at a light load, and who pays for all of them uses them."""
+    spec = tiny_spec(spare_instances=1)
     rows = tabulate(spec, memory=[8 * MIB] * 64, workload=Workload(64, 32, 20.0), intact=())
-    candidate = configure(spec, rows, load_rps=20.0, solver=solver).candidate
+    candidate = configure(spec, rows, workload=replace(WORKLOAD, load_rps=20.0), solver=solver).candidate
     assert candidate is not None
     fastest = min(row.latency_us for row in rows)
     assert candidate.latency_us <= fastest * 1.05
     assert min((r for r in rows if r.latency_us == fastest), key=lambda r: r.gpus).gpus >= 2 * candidate.gpus
     assert candidate.throughput_urps >= 1.05 * 20.0e6
+    paid_for = configure(tiny_spec(), rows, workload=replace(WORKLOAD, load_rps=20.0), solver=solver).candidate
+    assert paid_for is not None
+    assert paid_for.latency_us <= fastest * 1.05
+    assert paid_for.throughput_urps > candidate.throughput_urps
 
 
 @pytest.mark.parametrize("choose", [choose_by_cpsat, choose_by_enumeration])
@@ -160,10 +166,23 @@ def test_one_cost_changes_the_choice(choose: object) -> None:
         Candidate(1, 1, number, 4, number, cost, 0, latency, latency, 10**6, 0, 0, 1)
         for number, (cost, latency) in enumerate([(50, 1000), (40, 1049), (30, 1051)], start=1)
     ]
-    goals = goals_for(as_table(rows), load_known=True)
+    goals = goals_for(as_table(rows), load_known=True, gives_back=True)
     assert choose(as_table(rows), goals).answer == 1
     dearer = [*rows[:1], Candidate(**{**{n: getattr(rows[1], n) for n in COLUMNS}, "cost_micro": 60}), rows[2]]
     assert choose(as_table(dearer), goals).answer == 0
+
+
+def test_a_second_replica_is_worth_a_quarter_of_the_latency() -> None:
+    """Tests that two replicas are taken where they are nearly as fast as one, and not where one is much faster."""
+    rows = [
+        Candidate(data, 1, 4 // data, 4, 4, 4, 0, latency, latency, 10**6, 0, 0, 1)
+        for data, latency in [(1, 1000), (2, 1250)]
+    ]
+    table = as_table(rows)
+    assert [row.data for row in several_replicas(table, load_known=True)] == [2]
+    slower = as_table([rows[0], Candidate(2, 1, 2, 4, 4, 4, 0, 1251, 1251, 10**6, 0, 0, 1)])
+    assert len(several_replicas(slower, load_known=True)) == 2
+    assert [row.data for row in several_replicas(slower, load_known=False)] == [2]
 
 
 def test_more_gpus_and_less_load_never_cost_more() -> None:

@@ -8,13 +8,14 @@ import pytest
 
 from spotserve.core.check import check_plan
 from spotserve.core.ids import GpuId
-from spotserve.core.plan import CopyWeights, LoadWeights, Plan, Release, Step
+from spotserve.core.plan import CopyWeights, LoadWeights, Plan, Release, Step, Trigger
 from spotserve.core.slices import Slice
 from spotserve.solvers.migrate import sources
 from spotserve.solvers.migrate.pieces import layer_of
-from spotserve.solvers.migrate.sources import SOURCE_SOLVERS
+from spotserve.solvers.migrate.sources import SOURCE_SOLVERS, choose_sources
 from spotserve.solvers.planner import make_plan
-from tests.planning_worlds import KIB, MIB, lost, notice, running_problem, tiny_spec
+from tests.planning_worlds import KIB, MIB, lost, notice, running_problem, tiny_spec, with_memory
+from tests.solvers.migrate_worlds import catalog, piece, problem
 
 
 def reshaped(solver: str, *, memory_bytes: int = 3 * MIB, tensor: int = 2, storage_bytes_per_s: float = 200e6) -> Plan:
@@ -93,6 +94,42 @@ def test_the_paper_moves_layer_after_layer(memory_bytes: int) -> None:
     copies = [step for step in steps if isinstance(step, CopyWeights)]
     assert sum(step.bytes for step in copies) > 0
     assert plan.estimates.done_s > reshaped("layered", memory_bytes=memory_bytes).estimates.done_s
+
+
+def layers_in_order(solver: str, *, memory_bytes: int = 3 * MIB) -> list[str]:
+    """The layers of a plan's weight steps as they are written."""
+    steps = weight_steps(reshaped(solver, memory_bytes=memory_bytes))
+    return list(dict.fromkeys(layer_of(step.slices[0].parameter) for step in steps))
+
+
+def test_layers_go_as_numbered_without_a_planner() -> None:
+    """Tests that `paper-unplanned` goes from the embedding to the head, where the text puts off what has no room."""
+    as_numbered = layers_in_order("paper-unplanned")
+    assert [str(number) for number in range(8)] == as_numbered[1:9]
+    assert as_numbered[0].endswith("embed_tokens.weight")
+    assert as_numbered != layers_in_order("paper")
+    assert sorted(as_numbered) == sorted(layers_in_order("paper"))
+
+
+def test_the_artifact_lets_nobody_grow() -> None:
+    """Tests that layers of the two old stages take turns, so that nobody holds a layer more for longer than one."""
+    spec = tiny_spec(solvers={"migrate": "paper-artifact"}, max_model_len=64, pipeline=1, tensor=2)
+    old = running_problem(spec, shape=(1, 2, 1), memory_bytes=MIB, trigger=Trigger(kind="load"), kv_blocks=5)
+    steps = weight_steps(make_plan(with_memory(old, 1600 * KIB)))
+    order = list(dict.fromkeys(layer_of(step.slices[0].parameter) for step in steps))
+    assert ["0", "4", "1", "5", "2", "6", "3", "7"] == [layer for layer in order if layer.isdigit()]
+    assert order[0].endswith("embed_tokens.weight")
+
+
+def test_without_a_mapper_one_gpu_sends_everything() -> None:
+    """Tests that `paper-first-holder` asks the first holder where `paper` deals receivers out over all."""
+    world = [piece(f"i{number}/0", ["i0/0", "i1/0", "i2/0"], 10**9, layer=number) for number in (3, 4, 5)]
+    senders = {
+        solver: {one.source for one in choose_sources(problem(*world), catalog(), solver).answer or ()}
+        for solver in ("paper", "paper-unplanned", "paper-first-holder")
+    }
+    assert {"i0/0"} == senders["paper-first-holder"]
+    assert {"i0/0", "i1/0", "i2/0"} == senders["paper"] == senders["paper-unplanned"]
 
 
 def test_storage_helps_where_ports_are_full() -> None:

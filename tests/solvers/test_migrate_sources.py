@@ -17,7 +17,7 @@ from spotserve.errors import InvariantError
 from spotserve.solvers.migrate import split
 from spotserve.solvers.migrate.pieces import Demand, Piece, cut_pieces
 from spotserve.solvers.migrate.ports import MAX_FLOW_BYTES, FixedCopy, SourceFlow, least_time, proved_time, traffic
-from spotserve.solvers.migrate.sources import SOURCE_SOLVERS, choose_sources
+from spotserve.solvers.migrate.sources import PAPER_SOLVERS, SOURCE_SOLVERS, choose_sources
 from spotserve.solvers.migrate.split import PieceClass, prefix_split, proved_s
 from spotserve.solvers.ranges import Catalog
 from tests.planning_worlds import tiny_model
@@ -169,7 +169,7 @@ def test_every_row_arrives_once_from_a_holder(rng: random.Random, solver: str, r
     assert (result.status == "optimal") == (result.objective <= result.bound)
     assert {one.source for one in result.answer if one.destination == "i2/1"} == {"i2/0"} or solver in (
         "first_holder",
-        "paper",
+        *PAPER_SOLVERS,
     )
 
 

@@ -204,6 +204,13 @@ def test_blank_gpus_keep_their_order(solver: str) -> None:
     assert placed(case, solver) == ("i0/0", "i0/1", "i1/0", "i1/1", "i2/0", "i2/1")
 
 
+def test_the_artifact_counts_kv_once() -> None:
+    """Tests its edge weights: 5 bytes of weights and 6 of K and V lose against 9 of weights, as K and V count 3."""
+    case = reshaped((2, 2, 1), (1, 1, 1), layers=2, positions=[0, 3], kv_tokens=[6, 0], heirs=[0, -1])
+    case = replace(case, contents=replace(case.contents, weight_bytes=np.array([5, 9])))
+    assert (("i0/0",), ("i1/0",)) == (placed(case, "paper"), placed(case, "paper-artifact"))
+
+
 # -- all solvers --------------------------------------------------------------------------------------------
 
 

@@ -30,6 +30,7 @@ from tests.planning_worlds import (
     request,
     running_problem,
     tiny_spec,
+    with_left_over,
     with_memory,
 )
 from tests.specs import with_experts
@@ -167,7 +168,9 @@ def test_nothing_to_do() -> None:
     """Tests that a load that the running layout serves makes an empty plan that cannot be applied."""
     problem = running_problem(tiny_spec(), shape=(2, 2, 1), memory_bytes=3 * MIB, trigger=Trigger(kind="load"))
     for policy in ("live", "paper", "reroute", "reparallelize"):
-        plan = make_plan(problem.model_copy(update={"spec": tiny_spec(policy=policy)}))
+        # The paper's optimizer looks at nothing that runs: it has another favourite under an unknown load.
+        pins = {"data": 2, "pipeline": 2, "tensor": 1} if policy == "paper" else {}
+        plan = make_plan(problem.model_copy(update={"spec": tiny_spec(policy=policy, **pins)}))
         assert ((), False, True) == (plan.steps, plan.applyable, plan.complete)
 
 
@@ -231,6 +234,40 @@ def test_reroute_keeps_the_shape_and_loses_kv() -> None:
     assert () == check_plan(plan)
 
 
+def test_reroute_closes_what_is_hit_and_loads_all_of_the_next() -> None:
+    """Tests that the GPUs of a hit pipeline load their whole new position, even where they hold it already."""
+    problem = running_problem(
+        tiny_spec(policy="reroute"), shape=(2, 2, 1), memory_bytes=4 * MIB, trigger=notice("i2"), spare=1, kv_blocks=16
+    )
+    plan = make_plan(problem)
+    (fresh,) = [replica for replica in plan.target.replicas if replica.id == "r4"]
+    loaded = {step.workers[0]: step.bytes for step in plan.steps if isinstance(step, LoadWeights)}
+    shards = replica_shards(problem.spec.model, pipeline=2, tensor=1)
+    sizes = [shard_bytes(problem.spec.model, shard) for shard in shards]
+    assert dict(zip(fresh.gpus, sizes, strict=True)) == loaded
+    assert ("in_place", "i3/0") == (plan.mode, fresh.gpus[1])
+    order = kinds(plan)
+    assert order.index("commit") < order.index("release") < order.index("load_weights")
+
+
+def test_reroute_has_its_shape_or_nothing() -> None:
+    """Tests that no other (P, M) is placed where the pinned one does not fit, as any other policy would do."""
+    placed = {
+        policy: make_plan(
+            running_problem(
+                tiny_spec(policy=policy, pipeline=2, tensor=2),
+                shape=(0, 1, 1),
+                memory_bytes=4 * MIB,
+                trigger=Trigger(kind="start"),
+                spare=3,
+            )
+        ).target.replicas
+        for policy in ("reroute", "paper")
+    }
+    assert placed["reroute"] == ()
+    assert placed["paper"] != ()
+
+
 def test_reparallelize_restarts_everything() -> None:
     """Tests that the restart stops every replica first, replaces all, and loads all weights from storage."""
     problem = running_problem(
@@ -284,6 +321,17 @@ def test_the_paper_lets_run_what_it_only_adds_to() -> None:
     assert () == check_plan(plan)
 
 
+@pytest.mark.parametrize("migrate", ["paper-unplanned", "paper-first-holder"])
+def test_without_a_migration_planner_even_an_addition_stops_all(migrate: str) -> None:
+    """Tests the ablation: the replica that stays is replaced like any other, with its KV."""
+    trigger = Trigger.model_validate({"kind": "joined", "instances": ["i3"]})
+    spec = tiny_spec(policy="paper", pipeline=2, tensor=1, solvers={"migrate": migrate})
+    plan = make_plan(running_problem(spec, shape=(1, 2, 1), memory_bytes=3 * MIB, trigger=trigger, spare=2))
+    assert {4} == {replica.generation for replica in plan.target.replicas}
+    assert {"quiesce", "copy_kv"} <= set(kinds(plan))
+    assert () == check_plan(plan)
+
+
 def reshaped_within(memory_bytes: int, *, migrate: str = "layered", kv_blocks: int = 5) -> Plan:
     """A plan that turns two stages into two tensor ranks on the same two GPUs of so much memory."""
     spec = tiny_spec(solvers={"migrate": migrate}, max_model_len=64, pipeline=1, tensor=2)
@@ -305,6 +353,35 @@ def test_short_memory_restarts() -> None:
     order = list(dict.fromkeys(kinds(plan)))
     assert ("in_place", True) == (plan.mode, plan.complete)
     assert ["quiesce", "commit", "release", "reserve", "load_weights", "join_group", "activate", "recompute"] == order
+    assert () == check_plan(plan)
+
+
+@pytest.mark.parametrize("memory_kib", [1800, 3000])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_restart_makes_room_on_idle_gpus(stage: int, memory_kib: int) -> None:
+    """Tests that what an aborted plan left on an idle GPU goes first, but for what its new position needs."""
+    problem = running_problem(
+        tiny_spec(policy="reparallelize"),
+        shape=(1, 2, 1),
+        memory_bytes=memory_kib * KIB,
+        trigger=notice("i1"),
+        spare=1,
+    )
+    stages = replica_shards(problem.spec.model, pipeline=2, tensor=1)
+    plan = make_plan(with_left_over(problem, "i2/0", stages[stage]))
+    assert (("i0/0",), ("i2/0",)) == tuple(one.gpus for one in plan.target.replicas[0].stages)
+    freed = [step for step in plan.steps if isinstance(step, Release) and step.workers == ("i2/0",)]
+    loaded = sum(step.bytes for step in plan.steps if isinstance(step, LoadWeights) and step.workers == ("i2/0",))
+    if stage:
+        assert ([], 0) == (freed, loaded)
+    else:
+        (release,) = freed
+        assert (plan.target.replicas[0].id, 4, False) == (release.replica, release.generation, release.kv)
+        reserve = next(step for step in plan.steps if isinstance(step, Reserve) and step.workers == ("i2/0",))
+        assert (release.id,) == reserve.depends_on
+        assert release.id not in plan.last_releases
+        shards = [shard_bytes(problem.spec.model, shard) for shard in stages]
+        assert shards[0] - release.bytes == shards[1] - loaded  # What both stages have stays and is not loaded.
     assert () == check_plan(plan)
 
 

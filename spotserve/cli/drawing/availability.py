@@ -39,14 +39,11 @@ def availability(comparison: Json) -> Drawing:
         return stacked([heading, Drawing(text("There were no runs.", x=0, y=14), 20)])
     seed = min(run["seed"] for run in runs)
     shown = [run for run in runs if run["seed"] == seed]
-    gpus = comparison["scenario"]["hardware"]["gpus_per_instance"]
     end_s = max(max(run["duration_s"], *(moment["at_s"] for moment in run["timeline"])) for run in shown)
     across = Scale(0.0, end_s, LEFT, RIGHT)
-    most = max(max(moment["instances"] * gpus, moment["gpus"]) for run in shown for moment in run["timeline"])
+    most = max(max(moment["gpus_there"], moment["gpus"]) for run in shown for moment in run["timeline"])
     styles = styles_of(comparison)
-    panels = [
-        _panel(run, across, most=most, gpus_per_instance=gpus, colour=styles[run["policy"]].colour) for run in shown
-    ]
+    panels = [_panel(run, across, most=most, colour=styles[run["policy"]].colour) for run in shown]
     return stacked([heading, *panels, _legend(seed)], gap=10)
 
 
@@ -63,7 +60,7 @@ def spans_of(run: Json, key: str, *, end_s: float) -> list[Span]:
     return [span for span in spans if span[1] > span[0]]
 
 
-def _panel(run: Json, across: Scale, *, most: int, gpus_per_instance: int, colour: str) -> Drawing:
+def _panel(run: Json, across: Scale, *, most: int, colour: str) -> Drawing:
     top = 36.0
     bottom = top + PLOT_HEIGHT
     up = Scale(0.0, max(1.0, float(most)), bottom, top)
@@ -72,7 +69,7 @@ def _panel(run: Json, across: Scale, *, most: int, gpus_per_instance: int, colou
     whole = [value for value in up.ticks(4) if value == int(value)]
     parts += y_axis(up, left=LEFT, right=RIGHT, words=[(value, f"{value:g}") for value in whole])
     timeline = run["timeline"]
-    there = [(across.at(one["at_s"]), up.at(one["instances"] * gpus_per_instance)) for one in timeline]
+    there = [(across.at(one["at_s"]), up.at(one["gpus_there"])) for one in timeline]
     serving = [(across.at(one["at_s"]), up.at(one["gpus"])) for one in timeline]
     parts.append(element("path", d=step_path(there, until_x=RIGHT, ground_y=bottom), fill="#e9e9e9", stroke="none"))
     parts.append(

@@ -20,6 +20,7 @@ MAX_ADDED = 1024
 MAX_SECONDS = 366 * 86_400.0
 MAX_NAME = 200
 MAX_NOTE = 2000
+MAX_NOTES = 100
 
 
 class TraceEntry(Frozen):
@@ -56,7 +57,7 @@ class TraceFile(Frozen):
 
     format_version: Literal["0.1"]
     source: str = Field(default="", max_length=MAX_NOTE)
-    notes: tuple[Annotated[str, Field(max_length=MAX_NOTE)], ...] = Field(default=(), max_length=100)
+    notes: tuple[Annotated[str, Field(max_length=MAX_NOTE)], ...] = Field(default=(), max_length=MAX_NOTES)
     end_s: float | None = Field(default=None, ge=0, le=MAX_SECONDS)
     events: tuple[TraceEntry, ...] = Field(max_length=MAX_EVENTS)
 
@@ -114,17 +115,23 @@ def our_event(entry: TraceEntry, fleet: Fleet, line: int) -> TraceEvent:
 def trace_json(trace: Trace) -> str:
     """A trace in our format, one event to a line; read again it is the same trace.
 
-    Its instances stand under our ids, so it is read with as many `living` ones as it was.
+    Its instances stand under our ids, so it is read with as many `living` ones as it was. Of what is longer than our
+    format has room for, notes are cut and an event becomes several.
     """
-    entries = [_entry(event).model_dump_json(exclude_defaults=True) for event in trace.events]
+    entries = [entry.model_dump_json(exclude_defaults=True) for event in trace.events for entry in _entries(event)]
     head = TraceFile(
-        format_version=FORMAT_VERSION, source=trace.source, notes=trace.notes, end_s=trace.end_s, events=()
+        format_version=FORMAT_VERSION,
+        source=trace.source[:MAX_NOTE],
+        notes=tuple(note[:MAX_NOTE] for note in trace.notes[:MAX_NOTES]),
+        end_s=trace.end_s,
+        events=(),
     ).model_dump(mode="json", exclude_defaults=True, exclude={"events"})
     fields = [f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items()]
     body = ",\n".join(f" {entry}" for entry in entries)
     return "{" + ",\n".join([*fields, f'"events": [\n{body}\n]']) + "}\n"
 
 
-def _entry(event: TraceEvent) -> TraceEntry:
+def _entries(event: TraceEvent) -> Iterator[TraceEntry]:
     fields = event.model_dump(exclude={"instances"})
-    return TraceEntry(instances=event.instances or None, **fields)
+    for first in range(0, max(1, len(event.instances)), MAX_ADDED):
+        yield TraceEntry(instances=event.instances[first : first + MAX_ADDED] or None, **fields)

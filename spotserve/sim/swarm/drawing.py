@@ -81,6 +81,15 @@ class CoordinatorCrash:
 
 
 @dataclass(frozen=True, slots=True)
+class Stop:
+    """Somebody stops the service, waits for its end, and starts it again later."""
+
+    at_s: float
+    drain_s: float
+    down_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Shares:
     """How often small things go wrong, per occasion."""
 
@@ -94,7 +103,8 @@ class Shares:
     solver_failing: float = 0.0
     solver_absent: float = 0.0
     solver_wrong: float = 0.0
-    kv_evicted: float = 0.0
+    kv_dropped: float = 0.0
+    release_failure: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +126,7 @@ class SwarmScenario:
     step_crashes: tuple[StepCrash, ...]
     coordinator: tuple[CoordinatorCrash, ...]
     shares: Shares
+    stop: Stop | None
 
     def spec(self) -> ServingSpec:
         """What is served."""
@@ -160,6 +171,7 @@ def draw_scenario(seed: int) -> SwarmScenario:
         step_crashes=_step_crashes(dice),
         coordinator=_coordinator(dice),
         shares=_shares(dice),
+        stop=_stop(dice),
     )
 
 
@@ -241,6 +253,16 @@ def _coordinator(dice: random.Random) -> tuple[CoordinatorCrash, ...]:
     )
 
 
+def _stop(dice: random.Random) -> Stop | None:
+    if dice.random() < 0.8:
+        return None
+    return Stop(
+        at_s=round(dice.uniform(FIRST_FAULT_S, LAST_FAULT_S), 3),
+        drain_s=dice.choice([0.0, 0.5, 3.0, 10.0]),
+        down_s=round(dice.choice([0.0, 1.0, 5.0]) * dice.random(), 3),
+    )
+
+
 def _shares(dice: random.Random) -> Shares:
     if dice.random() < 0.3:
         return Shares()
@@ -259,5 +281,6 @@ def _shares(dice: random.Random) -> Shares:
         solver_failing=some(0.3, chance=0.25),
         solver_absent=some(0.2, chance=0.15),
         solver_wrong=some(0.3, chance=0.25),
-        kv_evicted=some(0.02),
+        kv_dropped=some(0.02),
+        release_failure=dice.choice([0.0, 0.0, 0.0, 0.3, 0.9]),
     )

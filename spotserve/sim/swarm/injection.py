@@ -25,7 +25,8 @@ FAULT_CLASSES = (
     *("message_duplicate", "message_late", "message_reordered", "message_foreign"),
     *("solver_slow", "solver_failing", "solver_absent", "solver_wrong"),
     *("coordinator_crash_before_write", "coordinator_crash_after_write", "coordinator_crash_midway"),
-    *("out_of_memory_on_reserve", "step_failure", "kv_evicted", "capacity_flapping", "load_change"),
+    *("out_of_memory_on_reserve", "step_failure", "release_failure", "kv_evicted", "kv_dropped"),
+    *("capacity_flapping", "load_change", "stop_drained", "stop_with_open_requests"),
     *("client_cancels", "client_reads_late", "request_timeout"),
 )
 """What a swarm counts; a class that never happened was not tested."""
@@ -69,6 +70,9 @@ class SwarmFaults(Faults):
             self.counts["client_reads_late"] += arrival.reads_late
             if arrival.cancel_at_s is not None:
                 world.after(arrival.cancel_at_s, lambda name=name: self._cancel(name))  # type: ignore[misc]
+        if self.scenario.stop is not None:
+            drain_s = self.scenario.stop.drain_s
+            world.after(self.scenario.stop.at_s, lambda: world.stop(drain_s))
         for one in self.scenario.disturbances:
             world.after(one.at_s, lambda one=one: self._disturb(one))  # type: ignore[misc]
 
@@ -332,14 +336,12 @@ class SwarmFaults(Faults):
         return self._strikes("message_duplicate", self.scenario.shares.message_duplicate)
 
     def step_error(self, step: Step) -> str | None:
-        """No memory to reserve, a transfer that breaks off, a worker that gives up."""
+        """A transfer that breaks off, a worker that gives up or frees nothing."""
         shares = self.scenario.shares
-        if step.kind == "reserve" and self._strikes("out_of_memory_on_reserve", shares.out_of_memory):
-            return "out of memory"
         if step.kind in TRANSFERS and self._strikes("transfer_cut", shares.transfer_cut):
             return "transfer broke off"
         if step.kind == "release":
-            return None  # A worker that cannot free memory is as good as dead, and that is another fault.
+            return "cannot free it now" if self._strikes("release_failure", shares.release_failure) else None
         return "drawn by the seed" if self._strikes("step_failure", shares.step_failure) else None
 
     def step_slowness(self, step: Step) -> float:
@@ -352,9 +354,20 @@ class SwarmFaults(Faults):
         """Stragglers."""
         return self._slow.get(instance, 1.0)
 
-    def evicts(self) -> bool:
-        """A leader that runs out of KV blocks."""
-        return self._strikes("kv_evicted", self.scenario.shares.kv_evicted)
+    def drops_kv(self) -> bool:
+        """A rank without the KV that its leader counts on."""
+        return self._strikes("kv_dropped", self.scenario.shares.kv_dropped)
+
+    def evicted(self) -> None:
+        """A leader that ran out of KV blocks, or whose rank lost some."""
+        self.counts["kv_evicted"] += 1
+
+    def taken_bytes(self, step: Step, free_bytes: int) -> int:
+        """Another process on the GPU, which takes all that is free: what a reserve needs is not there."""
+        share = self.scenario.shares.out_of_memory
+        if free_bytes <= 0 or not getattr(step, "bytes", 0) or not self._strikes("out_of_memory_on_reserve", share):
+            return 0
+        return free_bytes
 
     def solving(self, problem: PlanningProblem) -> Solving:
         """A planner that is slow, fails, or does not answer at all."""

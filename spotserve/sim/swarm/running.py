@@ -18,7 +18,7 @@ from spotserve.core.ids import RequestId
 from spotserve.core.loop import run
 from spotserve.core.plan import Plan, PlanningProblem
 from spotserve.core.service import service_state
-from spotserve.core.state import ClusterState
+from spotserve.core.state import RELEASE_TRIES, ClusterState
 from spotserve.errors import SpotServeError
 from spotserve.sim.checkers import Violation, check_all
 from spotserve.sim.streams import ClientStream
@@ -190,17 +190,30 @@ class SeedRun:
             try:
                 asyncio.run(run(DyingWorld(self.world, self.journal), self.controller, self.journal))
             except CoordinatorDiedError:
-                self._restart()
+                self._after_a_crash()
             else:
-                return
+                if not self.world.stopped:
+                    return
+                self._after_a_stop()
 
-    def _restart(self) -> None:
+    def _after_a_crash(self) -> None:
         crash = self.journal.crashes.pop(0)
         written = self.journal.entries[-1].event.kind if self.journal.entries else "nothing"
         self.result.died_at[written] += 1
         where = {"before": "before_write", "after": "after_write", "midway": "midway"}[crash.phase]
         self.faults.counts[f"coordinator_crash_{where}"] += 1
-        self.world.pass_without_coordinator(crash.down_s)
+        self._restart(crash.down_s)
+
+    def _after_a_stop(self) -> None:
+        """A clean end: workers are sent home. What was open goes on at the next start."""
+        assert self.scenario.stop is not None
+        is_open = bool(self.controller.state.requests)
+        self.faults.counts["stop_with_open_requests" if is_open else "stop_drained"] += 1
+        self.world.send_home()
+        self._restart(self.scenario.stop.down_s)
+
+    def _restart(self, down_s: float) -> None:
+        self.world.pass_without_coordinator(down_s)
         controller = Controller()
         for entry in self.journal.entries:
             controller.fold(entry)
@@ -214,7 +227,8 @@ class SeedRun:
         """Faults stop and capacity comes back; from here on there is no excuse."""
         self.journal.crashes.clear()
         self.faults.heal()
-        missing = self.scenario.num_instances - len(self.controller.state.living())
+        staying = [one for one in self.controller.state.living() if one.state != "doomed"]
+        missing = self.scenario.num_instances - len(staying)
         for number in range(max(0, missing)):
             self.world.after(0.1 * (number + 1), lambda: ev.InstanceWanted(at_s=self.world.at_s))
 
@@ -234,9 +248,25 @@ class SeedRun:
         self._play(self.world.until_s + CALM_S)
         settled_at_s = self.world.until_s
         self._play(self.world.until_s + LOOK_S)
+        self._demand_freed_memory()
         restless = [e.sequence for e in self.journal.entries if e.event.at_s > settled_at_s and _plans(e)]
         if restless:
             self._violated("liveness", f"still planning {CALM_S:g} s after the last request: entries {restless[:5]}")
+
+    def _demand_freed_memory(self) -> None:
+        """Workers have nothing but what serves, unless one would not free it: the next plan sees to that."""
+        failed = Counter(
+            (entry.event.epoch, entry.event.step)
+            for entry in self.journal.entries
+            if isinstance(entry.event, ev.StepFailed)
+        )
+        if max(failed.values(), default=0) >= RELEASE_TRIES:
+            return
+        serving = {(replica.id, replica.generation) for replica in self.controller.state.serving()}
+        for name, gpu in self.world.gpus.items():
+            left = sorted(set(gpu.positions) - serving)
+            if left and name not in self.world.overtaken:
+                self._violated("memory", f"{name} still has {left[0]}, which does not serve")
 
     def _all_ended(self) -> bool:
         offered = any(one.at_s > self.world.at_s for one in self.scenario.arrivals)

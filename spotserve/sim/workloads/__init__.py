@@ -15,7 +15,7 @@ from spotserve.sim.workloads.lengths import (
     UniformLengths,
 )
 from spotserve.sim.workloads.our_format import WorkloadFile, our_requests, workload_json
-from spotserve.sim.workloads.rate_curve import RateCurve, constant, diurnal, ramp, steps
+from spotserve.sim.workloads.rate_curve import RateCurve, constant, diurnal, ramp, scaled, steps
 from spotserve.sim.workloads.synthetic import synthetic
 from spotserve.sim.workloads.workload import (
     Arrival,
@@ -50,6 +50,7 @@ __all__ = [
     "paper_requests",
     "ramp",
     "read_workload",
+    "scaled",
     "steps",
     "synthetic",
     "thinned",

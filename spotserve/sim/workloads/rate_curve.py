@@ -14,6 +14,7 @@ MAX_RPS = 1e6
 MAX_POINTS = 100_000
 DIURNAL_POINTS = 96
 """Of one period: at a day, a straight piece for every quarter of an hour."""
+MAX_PERIODS = MAX_POINTS // DIURNAL_POINTS - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,20 @@ def constant(rps: float) -> RateCurve:
     return RateCurve(((0.0, rps),), f"{rps:g} requests per second")
 
 
+def scaled(curve: RateCurve, *, mean_rps: float, duration_s: float) -> RateCurve:
+    """The same curve at another height: so much on average from 0 until `duration_s`.
+
+    Raises:
+        SpecError: the curve is 0 all that time.
+    """
+    mean = curve.expected(duration_s) / duration_s
+    if mean <= 0:
+        raise SpecError(f"{curve.told}: no request within {duration_s:g} s, so no mean of {mean_rps:g} per second")
+    factor = mean_rps / mean
+    points = tuple((at_s, rps * factor) for at_s, rps in curve.points)
+    return RateCurve(points, f"{curve.told}, times {factor:.6g}: {mean_rps:g} on average of {duration_s:g} s")
+
+
 def ramp(start_rps: float, stop_rps: float, *, duration_s: float) -> RateCurve:
     """A straight line from one rate to another, which then stays."""
     return RateCurve(
@@ -84,22 +99,27 @@ def ramp(start_rps: float, stop_rps: float, *, duration_s: float) -> RateCurve:
     )
 
 
-def diurnal(mean_rps: float, *, swing: float, period_s: float = 86_400.0, peak_s: float | None = None) -> RateCurve:
-    """A sine around a mean, as days have it, for 31 periods; after them the last rate stays.
+def diurnal(
+    mean_rps: float, *, swing: float, period_s: float = 86_400.0, peak_s: float | None = None, periods: int = 31
+) -> RateCurve:
+    """A sine around a mean, as days have it; after so many periods the last rate stays.
 
     Args:
         mean_rps: mean rate.
         swing: by how much of the mean the peak lies above it, 0 to 1.
         period_s: one day, or less for a quick one.
         peak_s: when the first peak is; the middle of the first period if not given.
+        periods: for how many of them.
     """
     if not 0 <= swing <= 1 or not 0 < period_s < math.inf:
         raise SpecError(f"swing {swing:g} is not between 0 and 1, or period_s {period_s:g} is not above 0")
+    if not 1 <= periods <= MAX_PERIODS:
+        raise SpecError(f"{periods} periods of {period_s:g} s are not 1 to {MAX_PERIODS}", hint="a longer period_s")
     peak_s = period_s / 2 if peak_s is None else peak_s
     # Chords of a sine lie below its peaks and above its valleys alike: over a period the mean is exact.
     points = tuple(
         (at_s, max(0.0, mean_rps * (1 + swing * math.cos(2 * math.pi * (at_s - peak_s) / period_s))))
-        for at_s in (index * period_s / DIURNAL_POINTS for index in range(31 * DIURNAL_POINTS + 1))
+        for at_s in (index * period_s / DIURNAL_POINTS for index in range(periods * DIURNAL_POINTS + 1))
     )
     return RateCurve(
         points, f"{mean_rps:g} requests per second ± {swing:g} of it, period {period_s:g} s, peak at {peak_s:g} s"

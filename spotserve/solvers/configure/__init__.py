@@ -10,13 +10,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from spotserve.core.cost import Workload
 from spotserve.core.plan import SolverReport
 from spotserve.core.spec import ServingSpec
 from spotserve.solvers.configure.candidates import Candidate, Table, as_table, tabulate
 from spotserve.solvers.configure.choice import CHOOSERS, RESHAPE_GAIN_PERMILLE, Goal, goals_for
-from spotserve.solvers.paper.candidates import algorithm_1
+from spotserve.solvers.paper.candidates import algorithm_1, algorithm_1_as_published
 
-__all__ = ["BY_PAPER", "CHOOSERS", "Candidate", "Choice", "Goal", "Table", "configure", "goals_for", "tabulate"]
+__all__ = [
+    "BY_PAPER",
+    "CHOOSERS",
+    "Candidate",
+    "Choice",
+    "Goal",
+    "Table",
+    "configure",
+    "goals_for",
+    "kept_shape",
+    "pinned",
+    "several_replicas",
+    "tabulate",
+]
+
+SEVERAL_LOSS_PERMILLE = 1250
+"""What a second replica may cost: so much of the latency that a single one would have."""
 
 BY_PAPER = {"paper": False, "paper-as-published": True}
 """Algorithm 1 as the artifact runs it, and as the paper prints it: they look at nothing but pins before they choose."""
@@ -30,24 +47,28 @@ class Choice:
     report: SolverReport
 
 
-def configure(spec: ServingSpec, rows: Sequence[Candidate], *, load_rps: float, solver: str) -> Choice:
+def configure(spec: ServingSpec, rows: Sequence[Candidate], *, workload: Workload, solver: str) -> Choice:
     """Choose among tabulated candidates: pins come first, then the running shape, then migration headroom."""
     table = as_table(rows)
     if not len(table):
         certificate: dict[str, str | int | float] = {"kind": "no_candidate"}
         return Choice(None, SolverReport(name=solver, status="infeasible", certificate=certificate))
-    load_known = load_rps > 0
+    load_known = workload.load_rps > 0
     allowed, pins = pinned(spec, table)
     if solver in BY_PAPER:
         offered = allowed
-        result = algorithm_1(offered.columns, load_known=load_known, as_published=BY_PAPER[solver])
+        if BY_PAPER[solver]:
+            result = algorithm_1_as_published(offered.columns, load_known=load_known)
+        else:
+            result = algorithm_1(spec, offered.columns, workload)
         judged = dict(result.certificate)
     else:
         near = kept_shape(allowed, load_known=load_known)
         roomy = near.where(near.columns["headroom"] > 0)
         roomy = roomy if len(roomy) else near
         offered = several_replicas(roomy, load_known=load_known) if spec.policy == "live" else roomy
-        goals = goals_for(offered, load_known=load_known)
+        gives_back = spec.policy == "live" and spec.limits.spare_instances is not None
+        goals = goals_for(offered, load_known=load_known, gives_back=gives_back)
         result = CHOOSERS[solver](offered, goals)
         measure = next(goal.column for goal in goals if goal.tolerance_permille)
         judged = {"kind": "epsilon_lexicographic", "measure": measure}
@@ -104,7 +125,7 @@ def kept_shape(table: Table, *, load_known: bool) -> Table:
 
 
 def several_replicas(table: Table, *, load_known: bool) -> Table:
-    """The rows of at least two replicas where they serve the load, else all of them.
+    """The rows of at least two replicas where they are nearly as fast as one larger, else all of them.
 
     With a second replica the loss of one instance stops only the streams of one, and these have where to go at once:
     their KV moves into a pool that is there already. A single larger replica always stops whole.
@@ -112,5 +133,7 @@ def several_replicas(table: Table, *, load_known: bool) -> Table:
     several = table.where(table.columns["data"] > 1)
     if not len(several):
         return table
-    needed = load_known and bool((table.columns["unserved"] == 0).any())
-    return table if needed and bool((several.columns["unserved"] == 1).all()) else several
+    if not load_known or bool((table.columns["unserved"] == 1).all()):
+        return several
+    best, theirs = (int(rows.columns["latency_us"].min()) for rows in (table, several))
+    return several if theirs * 1000 <= best * SEVERAL_LOSS_PERMILLE else table

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spotserve.core.cost import (
+    MOST_PREFILL_SHARE,
     OCCUPANCY_ROUNDS,
     SERVES_MARGIN,
     ShardSizes,
@@ -80,6 +81,12 @@ class Table(Sequence[Candidate]):
     def where(self, keep: NDArray[np.bool_]) -> Table:
         """The rows that `keep` marks."""
         return Table({name: values[keep] for name, values in self.columns.items()})
+
+    def find(self, *, data: int, pipeline: int, tensor: int) -> Candidate | None:
+        """The row of one (D, P, M), None if it does not fit."""
+        columns = self.columns
+        same = (columns["pipeline"] == pipeline) & (columns["tensor"] == tensor) & (columns["data"] == data)
+        return self[int(np.flatnonzero(same)[0])] if same.any() else None
 
     def without(self, *, pipeline: int, tensor: int, data: int) -> Table:
         """The rows but for one (D, P, M)."""
@@ -208,16 +215,19 @@ def _times(
     in_flight = np.minimum(batch, pipeline)
     per_token = stage_ms(batch) * pipeline / batch
     capacity = data * 1000.0 / (prompt * pipeline / in_flight + workload.output_tokens * per_token)
-    if spec.limits.batching == "static":
+    is_static = spec.limits.batching == "static"
+    if is_static:
         capacity = data * batch * 1000.0 / execution_ms(batch)
     running = np.ones_like(data)
     load = workload.load_rps
     if load <= 0:
         return execution_ms(running), execution_ms(batch), capacity
+    share = np.zeros_like(prompt) if is_static else np.minimum(MOST_PREFILL_SHARE, load / data * (prompt / 1000.0))
+    left = 1.0 - share
     for _ in range(OCCUPANCY_ROUNDS):
-        busy = np.ceil(load / data * (execution_ms(running) / 1000.0))
+        busy = np.ceil(load / data * (execution_ms(running) / left / 1000.0))
         running = np.minimum(batch, np.maximum(1.0, np.minimum(busy, 2.0**52)).astype(np.int64))
-    execution = execution_ms(running)
+    execution = execution_ms(running) / left
     served = capacity >= SERVES_MARGIN * load
     servers = data * batch
     utilisation = np.where(served, load / capacity, 0.5)

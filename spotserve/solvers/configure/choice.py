@@ -18,7 +18,7 @@ from spotserve.solvers.cp_sat import new_solver, require_exact
 from spotserve.solvers.result import Result
 
 TOLERANCE_PERMILLE = 50
-RESHAPE_GAIN_PERMILLE = 1250
+RESHAPE_GAIN_PERMILLE = 1100
 """Under a known load a change of shape must win at least this much over what runs, or the shape stays (hysteresis);
 under an unknown load what runs is kept."""
 
@@ -38,19 +38,22 @@ Chooser = Callable[[Table, Sequence[Goal]], Result[int]]
 """Picks a row by goals; objective and bound are those of the goal that has a tolerance."""
 
 
-def goals_for(table: Table, *, load_known: bool) -> tuple[Goal, ...]:
+def goals_for(table: Table, *, load_known: bool, gives_back: bool = False) -> tuple[Goal, ...]:
     """The order of wishes. Under an unknown load throughput comes first, else latency of those that serve it.
 
-    Where the load is known the cheapest of what is about as fast is taken; where it is not, all that is there is used.
+    Where the load is known and instances are given back, the cheapest of what is about as fast is taken; what is paid
+    for anyway is used.
     """
     served = bool((table.columns["unserved"] == 0).any())
     throughput = Goal("throughput_urps", maximise=True)
-    last = (Goal("latency_us"), Goal("tensor"), Goal("pipeline"), Goal("data"))
+    fastest, *degrees = Goal("latency_us"), Goal("tensor"), Goal("pipeline"), Goal("data")
+    disturbed, cost = Goal("disturbed"), Goal("cost_micro")
     if load_known and served:
         latency = Goal("latency_us", tolerance_permille=TOLERANCE_PERMILLE)
-        return (Goal("unserved"), latency, Goal("disturbed"), Goal("cost_micro"), throughput, *last)
+        wishes = (cost, disturbed, throughput) if gives_back else (disturbed, throughput, cost)
+        return (Goal("unserved"), latency, *wishes, fastest, *degrees)
     most = Goal("throughput_urps", maximise=True, tolerance_permille=TOLERANCE_PERMILLE)
-    return (most, Goal("disturbed"), throughput, Goal("cost_micro"), *last)
+    return (most, disturbed, fastest, throughput, cost, *degrees)
 
 
 def choose_by_enumeration(table: Table, goals: Sequence[Goal]) -> Result[int]:

@@ -113,6 +113,9 @@ class TemplateMaker:
         self.kinds = tuple(kinds)
         self.workload = workload
         self._draws: dict[int, _Draw] = {}
+        # Thousands of pipelines have the same few stages.
+        self._caps: dict[tuple[int, int, bool, bool, bool], int] = {}
+        self._blocks: dict[tuple[int, int, bool, bool, int], tuple[int, int]] = {}
 
     def all(self, *, headroom: bool) -> tuple[Template, ...]:
         """Every template that the fleet has GPUs for, in a fixed order; of two stage orders the faster one."""
@@ -142,22 +145,15 @@ class TemplateMaker:
     def split(self, chosen: Sequence[int], *, tensor: int, headroom: bool) -> Template | None:
         """The fastest split of the layers over stages of the `chosen` kinds; None if the memory does not hold it."""
         draw = self._draw(tensor)
-        caps = [self._cap(draw, chosen, stage, headroom=headroom) for stage in range(len(chosen))]
+        caps = [self._cap(tensor, chosen, stage, headroom=headroom) for stage in range(len(chosen))]
         layers = split_layers(self.spec.model.num_layers, [draw.layer_ns[kind] for kind in chosen], caps)
         return None if layers is None else self.judge(chosen, layers, tensor=tensor)
 
     def judge(self, chosen: Sequence[int], layers: Sequence[int], *, tensor: int) -> Template | None:
         """The template with these layers on these kinds, or None if its memory does not hold the smallest KV pool."""
-        draw, limits = self._draw(tensor), self.spec.limits
-        roomy, tight = (
-            min(
-                (self.kinds[kind].memory_bytes - reserve - self._weights(draw, chosen, stage, rank, layers[stage]))
-                // (draw.block[rank] * layers[stage])
-                for stage, kind in enumerate(chosen)
-                for rank in range(tensor)
-            )
-            for reserve in (limits.migration_headroom_bytes, 0)
-        )
+        limits = self.spec.limits
+        rooms = [self._room(tensor, chosen, stage, count) for stage, count in enumerate(layers)]
+        roomy, tight = min(room for room, _ in rooms), min(room for _, room in rooms)
         least = least_kv_blocks(limits)
         if tight < least:
             return None
@@ -181,21 +177,43 @@ class TemplateMaker:
             headroom=roomy >= least,
         )
 
-    def _weights(self, draw: _Draw, chosen: Sequence[int], stage: int, rank: int, layers: int) -> int:
+    def _weights(self, draw: _Draw, rank: int, layers: int, *, first: bool, last: bool) -> int:
         """Weight bytes of a position, copies included."""
-        ends = (stage == 0) * draw.first[rank] + (stage == len(chosen) - 1) * draw.last[rank]
+        ends = first * draw.first[rank] + last * draw.last[rank]
         return weight_copies(self.spec.linear) * (layers * draw.layer[rank] + ends)
 
-    def _cap(self, draw: _Draw, chosen: Sequence[int], stage: int, *, headroom: bool) -> int:
+    def _room(self, tensor: int, chosen: Sequence[int], stage: int, layers: int) -> tuple[int, int]:
+        """KV blocks beside a stage's weights, with the migration headroom kept free and without."""
+        first, last = stage == 0, stage == len(chosen) - 1
+        key = tensor, chosen[stage], first, last, layers
+        if key not in self._blocks:
+            draw, memory_bytes = self._draw(tensor), self.kinds[chosen[stage]].memory_bytes
+            free = [
+                (memory_bytes - self._weights(draw, rank, layers, first=first, last=last), block * layers)
+                for rank, block in enumerate(draw.block)
+            ]
+            headroom_bytes = self.spec.limits.migration_headroom_bytes
+            self._blocks[key] = (
+                min((free_bytes - headroom_bytes) // block for free_bytes, block in free),
+                min(free_bytes // block for free_bytes, block in free),
+            )
+        return self._blocks[key]
+
+    def _cap(self, tensor: int, chosen: Sequence[int], stage: int, *, headroom: bool) -> int:
         """How many layers a stage's memory holds beside the smallest KV pool."""
-        limits = self.spec.limits
-        budget = self.kinds[chosen[stage]].memory_bytes - (limits.migration_headroom_bytes if headroom else 0)
-        copies, least = weight_copies(self.spec.linear), least_kv_blocks(limits)
-        most = min(
-            (budget - self._weights(draw, chosen, stage, rank, 0)) // (copies * draw.layer[rank] + least * block)
-            for rank, block in enumerate(draw.block)
-        )
-        return max(0, min(most, self.spec.model.num_layers))
+        first, last = stage == 0, stage == len(chosen) - 1
+        key = tensor, chosen[stage], first, last, headroom
+        if key not in self._caps:
+            draw, limits = self._draw(tensor), self.spec.limits
+            budget = self.kinds[chosen[stage]].memory_bytes - (limits.migration_headroom_bytes if headroom else 0)
+            copies, least = weight_copies(self.spec.linear), least_kv_blocks(limits)
+            most = min(
+                (budget - self._weights(draw, rank, 0, first=first, last=last))
+                // (copies * draw.layer[rank] + least * block)
+                for rank, block in enumerate(draw.block)
+            )
+            self._caps[key] = max(0, min(most, self.spec.model.num_layers))
+        return self._caps[key]
 
     def _draw(self, tensor: int) -> _Draw:
         if tensor not in self._draws:

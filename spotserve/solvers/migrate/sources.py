@@ -33,19 +33,28 @@ from spotserve.solvers.result import Certificate, Result
 CRUMB_BYTES = 1024 * 1024
 """A round trip costs more than so few bytes balance: they go with a transfer that is made anyway."""
 
-SOURCE_SOLVERS = ("layered", "maxflow", "prefix_lp", "first_holder", "paper")
+PAPER_SOLVERS = ("paper", "paper-artifact", "paper-unplanned", "paper-first-holder")
+SOURCE_SOLVERS = ("layered", "maxflow", "prefix_lp", "first_holder", *PAPER_SOLVERS)
 """How sources are chosen.
 
 `layered` is least-loaded, split by the prefix LP where the bound shows that it pays; its in_place plans keep KV and
 free weights layer by layer where memory and time allow, the others free all of an old generation and fetch it again.
 `maxflow` splits along the flow. `prefix_lp` always solves the LP and takes storage for a holder of everything.
 `first_holder` is what naive systems do. `paper` deals the receivers out over the holders in turn, as its artifact deals
-new GPUs out over the old pipelines, and moves layers one after another (SpotServe, section 3.4).
+new GPUs out over the old pipelines, and moves layers one after another in the order of Algorithm 2 (SpotServe, section
+3.4); `paper-artifact` in the order that its code finds. The other two are ablations of the paper: layers as they are
+numbered and nothing goes on beside them (`paper-unplanned`), and all from the first holder (`paper-first-holder`).
 """
 
-FIRST_HOLDER = ("first_holder", "paper")
+ONE_SOURCE = ("first_holder", "paper-first-holder")
 
-LAYER_BY_LAYER = ("layered", "paper")
+UNPLANNED = ("paper-unplanned", "paper-first-holder")
+"""Those that stop what runs even where replicas are only added."""
+
+FIRST_HOLDER = ("first_holder", *PAPER_SOLVERS)
+"""Those that take pieces whole, from holders that no load is weighed for."""
+
+LAYER_BY_LAYER = ("layered", *PAPER_SOLVERS)
 """Those whose in_place plans keep what fits and move weights layer by layer."""
 
 
@@ -145,7 +154,7 @@ def choose_sources(problem: SourceProblem, catalog: Catalog, solver: str) -> Res
         if objective - _busiest(problem, better) > problem.ports.round_trip_ticks:
             transfers, statistics["split"] = better, 1
     objective = _busiest(problem, transfers)
-    ordered, scheduled = in_order(transfers, problem, by_start=solver != "paper")
+    ordered, scheduled = in_order(transfers, problem, by_start=solver not in PAPER_SOLVERS)
     passed_on = _passed_on(relays)
     if passed_on:
         statistics["relays"] = len(passed_on)
@@ -194,7 +203,7 @@ def _whole(problem: SourceProblem, solver: str) -> list[Transfer]:
 def _source(piece: Piece, load: _Load, solver: str, *, turn: int) -> GpuId:
     """The one holder that sends a piece."""
     if solver in FIRST_HOLDER:
-        return piece.holders[turn % len(piece.holders) if solver == "paper" else 0]
+        return piece.holders[0 if solver in ONE_SOURCE else turn % len(piece.holders)]
     own = instance_of(piece.destination)
     if own in piece.ports:
         return load.gpu_at(piece, own)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from spotserve.solvers.place.fixed import place_as_published, place_in_rank_order
+from spotserve.solvers.place.fixed import place_as_published, place_as_the_artifact, place_in_rank_order
 from spotserve.solvers.place.makespan import DEFAULT_BUDGET, place_for_makespan
 from spotserve.solvers.place.problem import Contents, Placement, PlacementProblem
 from spotserve.solvers.place.reuse import place_for_reuse
@@ -16,6 +16,7 @@ PLACERS: dict[str, Callable[[PlacementProblem], Result[Placement]]] = {
     "makespan": place_for_makespan,
     "reuse": place_for_reuse,
     "paper": place_as_published,
+    "paper-artifact": place_as_the_artifact,
     "rank-order": place_in_rank_order,
 }
 

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from spotserve.solvers.paper.mapper import two_level
 from spotserve.solvers.paper.models import Shape
 from spotserve.solvers.place.judged import Judged, judge
 from spotserve.solvers.place.ports import look_at_ports
-from spotserve.solvers.place.problem import Placement, PlacementProblem, overlaps
+from spotserve.solvers.place.problem import Overlaps, Placement, PlacementProblem, overlaps
 from spotserve.solvers.result import Result
 
 
 def place_as_published(problem: PlacementProblem) -> Result[Placement]:
     """Kuhn-Munkres inside bundles of consecutive ranks, then between them (SpotServe, section 3.3 and artifact)."""
+    return _by_two_levels(problem, overlaps(problem))
+
+
+def place_as_the_artifact(problem: PlacementProblem) -> Result[Placement]:
+    """The same with the artifact's edge weights, which count K and V once."""
     shared = overlaps(problem)
+    return _by_two_levels(problem, replace(shared, kv=shared.kv // 2))
+
+
+def _by_two_levels(problem: PlacementProblem, shared: Overlaps) -> Result[Placement]:
     everyone, everything = np.arange(len(problem.gpus)), np.arange(problem.num_positions)
     weights = shared.reuse(everyone, everything)
     where = look_at_ports(problem).instance_of
