@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 # Before anything imports torch or numpy: sums are bit-equal only with one thread, here and in every child.
@@ -25,6 +25,24 @@ hypothesis.settings.load_profile("house")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=0, help="seed that every random test draws from (default 0)")
     parser.addoption("--rewrite", action="store_true", help="write golden files instead of comparing with them")
+    parser.addoption("--thin", type=int, default=1, help="of each test's cases every N-th alone (default 1: all)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave cases out for `make quick`, which is a look; `make test` has them all."""
+    kept = set(thinned([item.nodeid for item in items], config.getoption("--thin")))
+    left_out = [item for item in items if item.nodeid not in kept]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item.nodeid in kept]
+
+
+def thinned(names: Iterable[str], step: int) -> list[str]:
+    """Of each test with more than two cases the first and every `step`-th after it."""
+    cases: dict[str, list[str]] = {}
+    for name in names:
+        cases.setdefault(name.partition("[")[0], []).append(name)
+    return [name for group in cases.values() for name in (group if len(group) < 3 else group[::step])]
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:

@@ -24,8 +24,10 @@ from benchmarks.measures import (
 )
 from benchmarks.preemption import POLICIES, TRACE, schedule
 from benchmarks.report import copy_aims, render, run_aims
+from benchmarks.simulator import measured, mixed_scenario, page, sized_scenario
 from benchmarks.timeline import Disturbance, PlanRunSpan, Timeline, clock_offset_s
 from benchmarks.workload import Arrival, WorkloadShape, draw_arrivals
+from spotserve.core.trace import instance_counts
 
 
 def stream_of(times_s: list[float], *, index: int = 0, is_finished: bool = True, due_s: float = 0.0) -> ClientStream:
@@ -284,3 +286,26 @@ def test_the_loading_report_says_medians_and_where_bytes_came_from() -> None:
     assert "| not read | 200 MB | 0 MB | 1.00 s (1.00 to 1.00) | 2.00 s (1.00 to 4.00) |" in rows[0]
     assert "| 50 % | 0 MB | 200 MB |" in rows[1]
     assert all(row.endswith("| 100 (50 to 200) |") for row in rows)
+
+
+def test_a_small_cluster_at_size() -> None:
+    """Tests that a run of the simulator's benchmark counts what it took, and that the page has a row of it."""
+    scenario = sized_scenario(16, duration_s=20.0, seed=1)
+    assert 4 == sum(len(event.instances) for event in scenario.trace.events if event.at_s == 0)
+    row = {"gpus": 16, **measured(scenario, "live")}
+    assert 0 == row["requests"]["lost"]
+    assert row["plans"] >= 1
+    assert row["cpu_s"] > row["planning_cpu_s"] > 0
+    facts = {"command": "c", "commit": "d", "uncommitted_files": 0, "processor": "p", "cores": 2}
+    saved = {"circumstances": {**facts, "load_average_before": [0.5]}, "seed": 1, "hours": 0.01, "rows": [row]}
+    lines = list(page({"parts": {"speed": saved}}))
+    assert any(line.startswith(f"| 16 | {row['requests']['accepted']} |") for line in lines)
+
+
+def test_days_of_zones_are_of_two_types(shared_data: Path) -> None:
+    """Tests that the SkyPilot days have at most 64 GPUs at a time, of both types, under a load of Azure's lengths."""
+    scenario = mixed_scenario(shared_data, days=1.0, rate_rps=0.05, seed=0)
+    assert {"", "a10g"} == {event.gpu_type for event in scenario.trace.events if event.kind == "add"}
+    assert 4 < max(count for _, count in instance_counts(scenario.trace)) <= 16
+    assert 86_400.0 == scenario.duration_s
+    assert 2000 < len(scenario.arrivals()) < 8000

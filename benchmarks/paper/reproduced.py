@@ -1,101 +1,74 @@
-"""The published runs of GPT-20B again: the paper's policies with static batches on our simulator, and its figures."""
+"""The published runs again: the paper's policies with static batches on our simulator, and its figures beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.scenarios import RUNS, TRACES, phases_of, published_requests, scenario_of
-from benchmarks.results_file import say
-from spotserve.sim.simulation import simulate
-from spotserve.solvers.planner import make_plan
+from benchmarks.paper import costs, figure6, figure8, figure9
 
-MODEL = "GPT-20B"
-SYSTEMS = {"SpotServe": "paper+static", "Rerouting": "reroute+static", "Reparallelization": "reparallelize+static"}
-AIMS = {"SpotServe": 0.12, "Rerouting": 0.15, "Reparallelization": 0.25}
-"""How far an average may be from the published one."""
-
-PUBLISHED: Mapping[str, Mapping[str, tuple[float, float]]] = {
-    "A_S": {"Reparallelization": (32.045, 61.287), "Rerouting": (26.333, 51.008), "SpotServe": (23.518, 46.108)},
-    "B_S": {"Reparallelization": (27.068, 56.284), "Rerouting": (47.570, 99.115), "SpotServe": (23.315, 37.083)},
-    "A_S+O": {"Reparallelization": (32.663, 65.816), "Rerouting": (30.373, 50.732), "SpotServe": (23.416, 49.005)},
-    "B_S+O": {"Reparallelization": (31.915, 73.257), "Rerouting": (24.580, 43.239), "SpotServe": (20.724, 33.388)},
-}
-"""(average, P99) seconds, from the artifact's plotting script (es/scripts_ae/tradeoff_plot.py)."""
-
-PUBLISHED_USD = {"A_S": 6.444, "B_S": 4.349}
-"""Of the spot instances; the traces with on-demand instances are not split in the published files."""
-
-
-def measure(data: Path) -> list[dict[str, Any]]:
-    """One row per trace and system."""
-    rows = []
-    for trace in TRACES:
-        for system, policy in SYSTEMS.items():
-            workload = published_requests(data, MODEL)
-            solvers = {} if system == "SpotServe" else {"configure": "paper"}
-            shape = RUNS[MODEL].rerouted if system == "Rerouting" else None
-            scenario = scenario_of(data, MODEL, trace, workload, seed=0, knows_load=True, solvers=solvers, shape=shape)
-            run = simulate(scenario, policy, make_plan, phases=phases_of(data, MODEL))
-            average, p99 = PUBLISHED[trace][system]
-            rows.append(
-                {
-                    "trace": trace,
-                    "system": system,
-                    "policy": policy,
-                    "average_s": run.latency_s.mean,
-                    "p99_s": run.latency_s.p99,
-                    "longest_stall_s": run.stall_s.max,
-                    "published_average_s": average,
-                    "published_p99_s": p99,
-                    "usd": run.cost.usd,
-                    "accepted": run.requests.accepted,
-                    "finished": run.requests.finished,
-                    "lost": run.requests.lost,
-                    "layouts": layouts_of(run.timeline),
-                    "migrations": [
-                        {"trigger": one.trigger, "mode": one.mode, "outcome": one.outcome, "stall_s": one.stall_s_max}
-                        for one in run.migrations
-                    ],
-                }
-            )
-        say(f"reproduced: {trace}")
-    return rows
+NOTES = (
+    "### Where it differs, and why",
+    "",
+    "- *Static batches.* A pipeline of SpotServe holds one batch's worth of requests, the running one included, and is "
+    "filled up before it forms the next batch; one of a baseline holds two. Where demand changes an idle pipeline gets "
+    "one batch. So the artifact hands requests out. For GPT-20B on A_S+O its script says one batch at a time too, "
+    "which is faster here by a quarter and more than what was published; that is met by the rule of the other traces.",
+    "- *Rerouting.* A pipeline that an instance goes from is closed, and the next one loads all of its weights from "
+    "disk, for which the artifact waits twice an engine's start-up: nearly all of that is the load. On A_S+O both "
+    "pipelines lose an instance at 1200 s, so that nothing serves for as long as the load takes. The published "
+    "average there (30.4 s) takes a load of this length to meet, the published P99 (50.7 s) one of half of it: the "
+    "table of reload rates has both.",
+    "- *SpotServe's P99 on A_S and A_S+O* is a quarter shorter than published. The engines are relaunched at every "
+    "switch; the artifact takes 0.5 s for that, and nobody measured it.",
+    "- *OPT-6.7B.* By the artifact's own latencies three pipelines of (2,4) serve 2.4 requests per second with B = 4, "
+    "and Rerouting is never overloaded at 1.5: here its P99 is about that of SpotServe, which stops to change between "
+    "(D,1,4) and (D,2,4) at almost every event for 3 % of latency. The published ratios of 2 to 5.8 do not "
+    "follow from the profile.",
+    "- *LLaMA-30B under Rerouting.* (4,8) takes eight instances: on B_S there are seven from 240 to 720 s. Who comes "
+    "in the hole waits for its end. Our ratios are 1.4 to 1.5 times the published ones wherever there is a hole. How "
+    "long a hole makes one wait is not in doubt, so SpotServe's own P99 must have been about 62 s on each of the three "
+    "traces (248 / 3.97, 583 / 9.13, 128 / 2.14), not the 42 s that follow from its profile. Those of "
+    "Reparallelization are met within 6 % but on B_S+O.",
+    "- *Bills of A_S+O and B_S+O.* Which of their instances are on demand is not in the published traces, and the "
+    "billed minutes follow from no single rule; here all are spot.",
+    "- *Fleets that stay* come out 18 to 24 % faster where they are not overloaded; the paper itself takes 4.5 s off "
+    "its measured averages before it plots them.",
+    "- *Figure 9.* Without the controller nearly all weights stay where they are: the parts that move them have "
+    "little left to do, as only what is on a lost instance moves. Pipelines begin when all of their weights have come; "
+    "that front stages begin earlier saves at most the prompt's pass and is not modelled.",
+)
 
 
-def layouts_of(timeline: Sequence[Any]) -> list[tuple[float, str]]:
-    """(time, layout) of each layout that served for more than a moment."""
-    served = [moment for moment in timeline if moment.service == "serving" and moment.layout != "-"]
-    changes: list[tuple[float, str]] = []
-    for moment in served:
-        if not changes or changes[-1][1] != moment.layout:
-            changes.append((round(moment.at_s, 1), moment.layout))
-    return changes
+def measure(data: Path) -> dict[str, Any]:
+    """All figures by name."""
+    return {
+        "table_1": costs.measure_table_1(data),
+        "figure_6": figure6.measure(data),
+        "reloads": figure6.measure_reloads(data),
+        "single_batches": figure6.measure_single_batches(data),
+        "figure_7": costs.measure(data),
+        "figure_8": figure8.measure(data),
+        "figure_9": figure9.measure(data),
+        "variants": figure9.measure_variants(data),
+    }
 
 
-def render(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """The rows as markdown."""
-    yield "## GPT-20B, published request files (seconds)"
+def render(figures: Mapping[str, Any]) -> Iterator[str]:
+    """The figures as markdown."""
+    yield "## The published runs again"
+    for lines in (
+        costs.render_table_1(figures["table_1"]),
+        figure6.render(figures["figure_6"]),
+        figure6.render_reloads(figures["reloads"]),
+        figure6.render_single_batches(figures["single_batches"]),
+        costs.render(figures["figure_7"]),
+        figure8.render(figures["figure_8"]),
+        figure9.render(figures["figure_9"]),
+        figure9.render_variants(figures["variants"]),
+    ):
+        yield ""
+        yield from lines
     yield ""
-    yield "| trace | system | average | published | ratio | aim | P99 | published | ratio | longest stall | USD |"
-    yield "| --- |" + " --- |" * 10
-    for row in rows:
-        average = row["average_s"] / row["published_average_s"]
-        aim = AIMS[row["system"]]
-        met = "met" if abs(average - 1) <= aim else "missed"
-        yield (
-            f"| {row['trace']} | {row['system']} | {row['average_s']:.1f} | {row['published_average_s']:.1f} | "
-            f"{average:.2f} | ±{aim:.0%} {met} | {row['p99_s']:.1f} | {row['published_p99_s']:.1f} | "
-            f"{row['p99_s'] / row['published_p99_s']:.2f} | {row['longest_stall_s']:.1f} | {row['usd']:.3f} |"
-        )
-    yield ""
-    for trace, usd in PUBLISHED_USD.items():
-        ours = next(row["usd"] for row in rows if row["trace"] == trace)
-        yield f"Spot cost of {trace}: {ours:.3f} USD, published {usd:.3f}."
-    yield ""
-    yield "Layouts (D,P,M) that served, with the second each began:"
-    yield ""
-    for row in rows:
-        told = ", ".join(f"{layout} at {at_s:g}" for at_s, layout in row["layouts"])
-        yield f"- {row['trace']}, {row['system']}: {told}"
+    yield from NOTES

@@ -11,6 +11,7 @@ from spotserve.core.model_tables import model_table
 from spotserve.core.paper_profiles import (
     GPUS_PER_INSTANCE,
     ON_DEMAND_USD_PER_INSTANCE_HOUR,
+    PROMPT_TOKENS,
     SPOT_USD_PER_INSTANCE_HOUR,
     paper_profile,
 )
@@ -21,7 +22,7 @@ from spotserve.sim.durations import Phases
 from spotserve.sim.hardware import Hardware
 from spotserve.sim.scenario import Scenario, Slo
 from spotserve.sim.workloads import FixedLengths, Lengths, Workload, constant, paper_requests, synthetic, with_lengths
-from spotserve.solvers.paper.latency import BatchPlan, careful, latency_table, phase_times
+from spotserve.solvers.paper.latency import OUTPUT_TOKENS, BatchPlan, careful, latency_table, phase_times
 
 TRACES = {
     "A_S": "trace_0304_real.txt",
@@ -29,6 +30,8 @@ TRACES = {
     "A_S+O": "trace_0304_ondemand.txt",
     "B_S+O": "trace_0506_ondemand.txt",
 }
+FLUCTUATING = {"A'_S+O": "trace_0304_workload.txt", "B'_S+O": "trace_0506_workload.txt"}
+"""Of Figure 8, whose demand changes."""
 ACTS_EARLY_S = 30.0
 """The replayer acts on every line a grace period before its stamp; what is added is there at the stamp."""
 
@@ -62,18 +65,31 @@ RUNS = {
     "GPT-20B": PaperRun("gpt-20b", "megatron_h6144", "query_tpt0.35_cv6.txt", 0.4, (2, 8)),
     "LLaMA-30B": PaperRun("llama-30b", "megatron_h7168", "query_tpt0.2_cv6.txt", 0.2, (4, 8)),
 }
+FLUCTUATING_REQUESTS = "query_realAr_cv6.txt"
+FLUCTUATING_RPS = 0.6
+"""What the optimizer is told until the trace says otherwise; the model is GPT-20B."""
 RATES_RPS = {"OPT-6.7B": 1.5, "GPT-20B": 0.35, "LLaMA-30B": 0.2}
 
 
 def trace_of(data: Path, name: str) -> Trace:
     """A trace with what it adds ready at its stamps."""
-    trace = read_trace(data / "traces/availability" / TRACES[name])
-    return delayed(trace, lag_s=ACTS_EARLY_S).model_copy(update={"name": name})
+    trace = read_trace(data / "traces/availability" / {**TRACES, **FLUCTUATING}[name])
+    notices = {event.at_s for event in trace.events if event.kind == "notice"}
+    events = [
+        # Overload begins a grace period before the stamp and is noticed at it (section 6.3).
+        event.model_copy(update={"at_s": event.at_s + ACTS_EARLY_S})
+        if event.kind == "load" and event.at_s not in notices
+        else event
+        for event in trace.events
+    ]
+    events.sort(key=lambda event: event.at_s)
+    named = trace.model_copy(update={"name": name, "events": tuple(events)})
+    return delayed(named, lag_s=ACTS_EARLY_S)
 
 
-def published_requests(data: Path, model: str) -> Workload:
-    """The request file that the artifact replays for a model."""
-    path = data / "traces/workload" / RUNS[model].requests
+def published_requests(data: Path, model: str, trace: str = "A_S") -> Workload:
+    """The request file that the artifact replays for a model, or on a trace whose demand changes."""
+    path = data / "traces/workload" / (FLUCTUATING_REQUESTS if trace in FLUCTUATING else RUNS[model].requests)
     return paper_requests(path.read_bytes(), where=path.name)
 
 
@@ -93,13 +109,18 @@ def scenario_of(
     knows_load: bool,
     solvers: Mapping[str, str] | None = None,
     shape: tuple[int, int] | None = None,
+    static_batches: int | None = None,
+    reload_bytes_per_s: float = RELOAD_BYTES_PER_S,
 ) -> Scenario:
-    """One run of the evaluation; the paper's baselines have its optimizer (`solvers`), one a fixed (P, M) (`shape`)."""
+    """One run of the evaluation; the paper's baselines have its optimizer (`solvers`), one a fixed (P, M) (`shape`).
+
+    `static_batches` are those that a pipeline may hold, where not the policy's own number.
+    """
     run = RUNS[model]
     trace = trace_of(data, trace_name)
     assert trace.end_s is not None, "the paper's traces end with DONE"
     table = model_table(run.table)
-    profile = paper_profile(run.table).model_copy(update={"storage_bytes_per_s": RELOAD_BYTES_PER_S})
+    profile = paper_profile(run.table).model_copy(update={"storage_bytes_per_s": reload_bytes_per_s})
     length = table.max_model_len
     pipeline, tensor = shape or (None, None)
     limits = Limits(
@@ -108,7 +129,11 @@ def scenario_of(
         max_running=BATCH,
         max_model_len=length,
         min_kv_tokens=LEAST_KV_TOKENS,
+        expected_tokens=(PROMPT_TOKENS, OUTPUT_TOKENS),
     )
+    if static_batches is not None:
+        limits = limits.model_copy(update={"static_batches": static_batches})
+    told_rps = FLUCTUATING_RPS if trace_name in FLUCTUATING else run.told_rps
     return Scenario(
         name=f"{model} on {trace_name}",
         spec=ServingSpec(model=table, profile=profile, limits=limits, solvers=dict(solvers or {})),
@@ -125,7 +150,7 @@ def scenario_of(
         seed=seed,
         policies=(),
         duration_s=trace.end_s,
-        known_load_rps=run.told_rps if knows_load else None,
+        known_load_rps=told_rps if knows_load else None,
         ondemand_instances=8,
     )
 

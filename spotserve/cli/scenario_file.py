@@ -260,6 +260,11 @@ def trace_of(choice: TraceChoice, folder: Path, *, seed: int = 0, duration_s: fl
         stop_s = choice.stop_s if choice.stop_s is not None else trace.end_s
         if stop_s is None:
             raise SpecError("the trace has no end to cut it at", hint="set trace.stop_s")
+        if trace.end_s is not None and stop_s > trace.end_s:
+            raise SpecError(
+                f"trace.stop_s {stop_s:g} is after the end of trace {trace.name} at {trace.end_s:g} s",
+                hint="what it would be like then is not known",
+            )
         trace = window(trace, start_s=choice.start_s, stop_s=stop_s)
     return trace
 

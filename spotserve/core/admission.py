@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -38,10 +39,11 @@ def admit(before: ClusterState, state: ClusterState, event: ev.Event) -> Iterato
 
 def _shared_out(state: ClusterState, waiting: list[Request]) -> dict[ReplicaId, list[Request]]:
     """Each request to the replica with most room; the first that fits nowhere holds up the rest, so none starves."""
-    room = {replica.id: _room(state, replica) for replica in state.serving()}
+    room = _rooms(state)
+    replicas = list(zip(_preferences(state), state.serving(), strict=True))
     batches: dict[ReplicaId, list[Request]] = {}
     for request in waiting:
-        roomiest = _roomiest(state, room, request)
+        roomiest = _roomiest(replicas, room, request)
         if roomiest is None:
             break
         room[roomiest.id] -= request.num_choices
@@ -56,9 +58,11 @@ def _whole_batches(state: ClusterState, waiting: list[Request]) -> dict[ReplicaI
     """
     most_batches = 0 if state.spec is None else state.spec.limits.static_batches
     left = list(waiting)
-    owned = {replica.id: replica.max_running - _room(state, replica) for replica in state.serving()}
+    room = _rooms(state)
+    owned = {replica.id: replica.max_running - room[replica.id] for replica in state.serving()}
     batches: dict[ReplicaId, list[Request]] = {}
-    for replica in sorted(state.serving(), key=lambda r: (_preference(state, r), r.id)):
+    preferred = sorted(zip(_preferences(state), state.serving(), strict=True), key=lambda one: (one[0], one[1].id))
+    for _, replica in preferred:
         if not owned[replica.id] and left:
             count = 1 << (min(len(left), replica.max_running).bit_length() - 1)
             batches[replica.id], left = left[:count], left[count:]
@@ -95,21 +99,32 @@ def has_moved(state: ClusterState, request: Request) -> bool:
     return any(generation // KV_GENERATIONS_PER_ADMISSION == admission for generation in named)
 
 
-def _room(state: ClusterState, replica: Replica) -> int:
-    owned = state.requests_of(replica.id, replica.generation)
-    return replica.max_running - sum(request.num_choices for request in owned)
+def _rooms(state: ClusterState) -> dict[ReplicaId, int]:
+    """How many more choices each serving replica may run."""
+    owned: Counter[tuple[ReplicaId | None, int]] = Counter()
+    for request in state.requests.values():
+        owned[request.replica, request.generation] += request.num_choices
+    return {one.id: one.max_running - owned[one.id, one.generation] for one in state.serving()}
 
 
-def _roomiest(state: ClusterState, room: dict[ReplicaId, int], request: Request) -> Replica | None:
+def _roomiest(
+    replicas: list[tuple[tuple[bool, bool], Replica]], room: dict[ReplicaId, int], request: Request
+) -> Replica | None:
     """The replica with most room among those that are preferred."""
-    fitting = [r for r in state.serving() if room[r.id] >= request.num_choices or room[r.id] == r.max_running]
-    return min(fitting, key=lambda r: (_preference(state, r), -room[r.id], r.id), default=None)
+    fitting = [
+        (preference, -room[r.id], r.id, r)
+        for preference, r in replicas
+        if room[r.id] >= request.num_choices or room[r.id] == r.max_running
+    ]
+    return min(fitting, key=lambda one: one[:3])[3] if fitting else None
 
 
-def _preference(state: ClusterState, replica: Replica) -> tuple[bool, bool]:
-    """During a run an untouched replica before an affected one, doomed ones last."""
-    kept = set() if state.run is None else {one.id for one in state.run.plan.target.replicas}
-    return (state.run is not None and replica.id not in kept, state.doomed(replica))
+def _preferences(state: ClusterState) -> list[tuple[bool, bool]]:
+    """Of each serving replica: during a run an untouched one before an affected one, doomed ones last."""
+    if state.run is None:
+        return [(False, state.doomed(replica)) for replica in state.serving()]
+    kept = {one.id for one in state.run.plan.target.replicas}
+    return [(replica.id not in kept, state.doomed(replica)) for replica in state.serving()]
 
 
 class Start(NamedTuple):

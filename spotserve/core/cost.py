@@ -23,6 +23,10 @@ SERVES_MARGIN = 1.05
 OCCUPANCY_ROUNDS = 4
 """Rounds of the fixed point between latency and running sequences (Little's law); it settles in two or three."""
 
+BUSY_DEVIATIONS = 2.0
+"""A request is reckoned in a busy moment, which is where P99 is made: so many standard deviations of the number that is
+in the system over its mean, dealt out evenly to the replicas."""
+
 MOST_PREFILL_SHARE = 0.9
 """Beyond, answers would never end; what computes prompts for so long serves no load anyway."""
 
@@ -241,12 +245,14 @@ def _pool_request_ms(
 ) -> float:
     if load_rps <= 0:
         return pipeline_execution_ms(spec, pool.shape, workload, running=1)
-    left = 1.0 - prefill_share(spec, pool, workload, load_rps=load_rps)
-    running = 1
+    share = prefill_share(spec, pool, workload, load_rps=load_rps)
+    execution = pipeline_execution_ms(spec, pool.shape, workload, running=1)
     for _ in range(OCCUPANCY_ROUNDS):
-        busy_s = pipeline_execution_ms(spec, pool.shape, workload, running=running) / left / 1000.0
-        running = min(pool.max_running, max(1, ceil(load_rps / pool.data * busy_s)))
-    execution = pipeline_execution_ms(spec, pool.shape, workload, running=running) / left
+        busy = load_rps / pool.data * (execution / 1000.0)
+        crowd = busy + BUSY_DEVIATIONS * sqrt(busy / pool.data)
+        running = min(pool.max_running, max(1, ceil(crowd)))
+        left = 1.0 - min(MOST_PREFILL_SHARE, share * crowd / busy)
+        execution = pipeline_execution_ms(spec, pool.shape, workload, running=running) / left
     servers = pool.data * pool.max_running
     utilisation = load_rps / capacity_rps
     crowding: float = utilisation ** (sqrt(2.0 * (servers + 1)) - 1.0)
@@ -262,7 +268,7 @@ def prefill_share(spec: ServingSpec, pool: Pool, workload: Workload, *, load_rps
     if spec.limits.batching == "static":
         return 0.0
     prompt_ms = slowest_stage_ms(spec, pool.shape, tokens=max(1, workload.prompt_tokens))
-    return min(MOST_PREFILL_SHARE, load_rps / pool.data * (prompt_ms / 1000.0))
+    return load_rps / pool.data * (prompt_ms / 1000.0)
 
 
 def sequence_blocks(limits: Limits) -> int:

@@ -74,6 +74,8 @@ def _living(state: ClusterState, instance: InstanceId) -> bool:
 
 def _fences(before: ClusterState, state: ClusterState, event: ev.Event) -> Iterator[cmd.Command]:
     """A replica that is lost by this event is fenced before anything else is done about it."""
+    if state.replicas is before.replicas:
+        return
     for name, entry in state.replicas.items():
         old = before.replicas.get(name)
         if entry.state == "lost" and (old is None or old.state != "lost"):

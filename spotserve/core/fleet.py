@@ -43,8 +43,10 @@ def hold_fleet(before: ClusterState, state: ClusterState, event: ev.Event) -> It
 def is_declined(state: ClusterState, name: InstanceId) -> bool:
     """Whether an instance that is on offer is not taken, as enough idle ones are there or on their way."""
     spare = _wanted_idle(state)
+    if spare is None or not state.serving():
+        return False
     others = [one for one in _idle(state) + _coming(state) if one.id != name]
-    return spare is not None and len(others) >= spare and bool(state.serving())
+    return len(others) >= _wanted(state, spare)
 
 
 def _wanted_idle(state: ClusterState) -> int | None:
@@ -65,7 +67,7 @@ def _missing(before: ClusterState, state: ClusterState, event: ev.Event, spare: 
     if overloaded or (state.infeasible and not state.serving()):
         return state.given_back
     taken = sum(_is_taken(before.instances.get(one.id), one) for one in state.instances.values())
-    return min(state.given_back, max(taken, spare - len(_idle(state)) - len(_coming(state))))
+    return min(state.given_back, max(taken, _wanted(state, spare) - len(_idle(state)) - len(_coming(state))))
 
 
 def _is_taken(before: Instance | None, after: Instance) -> bool:
@@ -86,7 +88,13 @@ def _surplus(state: ClusterState, spare: int) -> list[InstanceId]:
     """The idle instances beyond those that shall wait, dearest and youngest first."""
     youngest_first = _idle(state)[::-1]
     idle = sorted(youngest_first, key=lambda one: one.market == "spot")
-    return [one.id for one in idle[: max(0, len(idle) + len(_coming(state)) - spare)]]
+    return [one.id for one in idle[: max(0, len(idle) + len(_coming(state)) - _wanted(state, spare))]]
+
+
+def _wanted(state: ClusterState, spare: int) -> int:
+    """How many instances shall be idle: those for the next preemption, and what a layout lacks that was cut short."""
+    used = {instance_of(gpu) for replica in state.serving() for gpu in replica.gpus}
+    return spare + max(0, state.needed - len(used))
 
 
 def _idle(state: ClusterState) -> list[Instance]:

@@ -16,9 +16,12 @@ from spotserve.core.spec import DType, LinearKind, Profile
 Device = Literal["cpu", "cuda"]
 LogFormat = Literal["console", "json"]
 
+WHILE_SERVING, STOPPED = "while-serving", "stopped"
+"""How a plan moves what it can: beside the replicas that decode, or after these have stopped."""
+
 POLICY_NAMES = ("live", "paper", "reroute", "reparallelize")
 SOLVER_NAMES: dict[str, tuple[str, ...]] = {
-    "configure": ("cpsat", "enumerate", "paper", "paper-as-published"),
+    "configure": ("cpsat", "enumerate", "cpsat-fickle", "paper", "paper-as-published"),
     "place": ("makespan", "reuse", "paper", "paper-artifact", "rank-order"),
     "migrate": (
         "layered",
@@ -32,6 +35,7 @@ SOLVER_NAMES: dict[str, tuple[str, ...]] = {
     ),
     "arrange": ("scan", "paper", "paper-as-published", "discard"),
     "ladder": ("priced", "longest_first"),
+    "move": (WHILE_SERVING, STOPPED),
 }
 """By kind. The registry in solvers/ brings ortools, which the coordinator never loads; a test keeps the two equal."""
 NOT_IN_PLANS = {"fleet": "decides what to buy, and no cloud of this daemon sells"}

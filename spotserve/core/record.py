@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from spotserve.core import commands as cmd
+from spotserve.core.ids import instance_of
 from spotserve.core.lifecycles import PLAN_RUN, REPLICA, REQUEST, can_fire, fire
 from spotserve.core.load import load_to_serve
 from spotserve.core.plan import Plan
@@ -163,9 +164,27 @@ def _finish(state: ClusterState, command: cmd.FinishRun) -> ClusterState:
     replicas = {name: entry for name, entry in state.replicas.items() if entry.state not in ("retired", "lost")}
     state = _note_migration(state, run)
     state = state.model_copy(update={"run": None, "replicas": replicas})
+    state = _note_need(state, run.plan.trigger.kind)
+    if state.trigger is None and _may_use_more(state, run.plan.trigger.kind):
+        state = state.model_copy(update={"trigger": "joined"})
     if not state.served and state.serving():
         state = state.model_copy(update={"served": True, "served_at_s": state.at_s})
     return _close_migration(state, run.epoch, "completed")
+
+
+def _may_use_more(state: ClusterState, trigger: TriggerKind) -> bool:
+    """Whether GPUs that a hurried plan left idle are free now of what they held, and the load is known to use them."""
+    used = {instance_of(gpu) for replica in state.serving() for gpu in replica.gpus}
+    idle = any(one.state == "ready" and one.id not in used for one in state.living())
+    return trigger in ("notice", "lost") and idle and state.policy == "live" and load_to_serve(state) > 0
+
+
+def _note_need(state: ClusterState, trigger: TriggerKind) -> ClusterState:
+    """How many instances the layout uses; one that was chosen for want of more does not lower the number."""
+    used = len({instance_of(gpu) for replica in state.serving() for gpu in replica.gpus})
+    ready = sum(one.state == "ready" for one in state.living())
+    free_choice = trigger not in ("notice", "lost") and ready >= state.needed
+    return state.model_copy(update={"needed": used if free_choice else max(used, state.needed)})
 
 
 def _admit(state: ClusterState, command: cmd.AdmitRequests) -> ClusterState:
@@ -197,6 +216,8 @@ def _drop_plan(state: ClusterState, command: cmd.DropPlan) -> ClusterState:
         # The untouched replicas took the requests over: a migration by recompute alone.
         state = _open_migration(state, planning.epoch_to, "lost", mode="live", outcome="completed")
         state = state.model_copy(update={"next_epoch": planning.epoch_to + 1})
+    if planning is not None and not (command.again or command.infeasible):
+        state = _note_need(state, planning.trigger.kind)
     failures = state.num_plan_failures + 1 if command.failed else 0
     update: dict[str, object] = {
         "planning": None,

@@ -45,6 +45,21 @@ START_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
+class Efficiencies:
+    """What hardware reaches of its data sheet, each of 0 to 1."""
+
+    memory: float = MEMORY_EFFICIENCY
+    flops: float = FLOPS_EFFICIENCY
+    link: float = LINK_EFFICIENCY
+    nic: float = NIC_EFFICIENCY
+
+    def __post_init__(self) -> None:
+        for name, value in (("memory", self.memory), ("flops", self.flops), ("link", self.link), ("nic", self.nic)):
+            if not 0 < value <= 1:
+                raise SpecError(f"{name} efficiency {value:g} is not above 0 and at most 1")
+
+
+@dataclass(frozen=True, slots=True)
 class _RankShare:
     """What one rank of a tensor group holds and computes of one layer."""
 
@@ -69,6 +84,7 @@ def roofline_profile(
     decode_rows: int = 32,
     storage_bytes_per_s: float = STORAGE_BYTES_PER_S,
     start_s: float = START_S,
+    efficiencies: Efficiencies | None = None,
 ) -> Profile:
     """The profile of a model on a GPU type, estimated.
 
@@ -77,16 +93,18 @@ def roofline_profile(
         gpu: the profile's own device; its name in the catalogue is the device's.
         market: whose prices the profile has.
         gpus_per_instance: where a tensor group has to cross the network; the catalogue's instance if not given.
-        others: GPU types beside it, as `devices` of the profile.
+        others: GPU types beside it, as `devices` of the profile; its network is then the slowest of all.
         context_tokens: what a decoding sequence has behind it, and the longest prompt; 1024 or the model's most if not
             given.
         decode_rows: how many rows of a forward decode before the others prefill.
         storage_bytes_per_s: of an instance.
         start_s: from the request of an instance to its first answer.
+        efficiencies: what is reached of the data sheets.
 
     Raises:
         SpecError: experts, a dtype that the GPU does not compute in, or a value out of its bounds.
     """
+    reached = Efficiencies() if efficiencies is None else efficiencies
     context = min(CONTEXT_TOKENS, model.max_model_len) if context_tokens is None else context_tokens
     if not 1 <= context <= model.max_model_len or decode_rows < 1:
         raise SpecError(
@@ -98,19 +116,20 @@ def roofline_profile(
 
     def latencies(one: GpuType) -> tuple[LatencyPoint, ...]:
         group = one.gpus_per_instance if gpus_per_instance is None else gpus_per_instance
-        return _latencies(model, one, gpus_per_instance=group, context_tokens=context, decode_rows=decode_rows)
+        rows = _Rows(context_tokens=context, decoding=decode_rows)
+        return _latencies(model, one, reached, rows, gpus_per_instance=group)
 
     return Profile(
         name=f"{model.name}-{model.dtype}-{gpu.name}-roofline",
         source=(
-            f"roofline of data sheet figures: {MEMORY_EFFICIENCY:g} of the memory bandwidth, {FLOPS_EFFICIENCY:g} of "
-            f"the dense FLOP/s, {LINK_EFFICIENCY:g} of the links, {NIC_EFFICIENCY:g} of the network; up to "
+            f"roofline of data sheet figures: {reached.memory:g} of the memory bandwidth, {reached.flops:g} of "
+            f"the dense FLOP/s, {reached.link:g} of the links, {reached.nic:g} of the network; up to "
             f"{decode_rows} rows decode with {context} tokens of context; not measured"
         ),
         device=gpu.name,
         latencies=latencies(gpu),
         stage_overhead_ms=STAGE_OVERHEAD_MS,
-        link_bytes_per_s=NIC_EFFICIENCY * gpu.nic_bytes_per_s,
+        link_bytes_per_s=reached.nic * min(one.nic_bytes_per_s for one in (gpu, *others)),
         storage_bytes_per_s=storage_bytes_per_s,
         start_s=start_s,
         price_per_hour=price_usd(gpu, market),
@@ -126,8 +145,16 @@ def price_usd(gpu: GpuType, market: Market) -> float:
     return gpu.spot_usd if market == "spot" else gpu.on_demand_usd
 
 
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What the rows of a forward are: so many decode, with so much behind each; the others are of prompts."""
+
+    context_tokens: int
+    decoding: int
+
+
 def _latencies(
-    model: ModelSpec, gpu: GpuType, *, gpus_per_instance: int, context_tokens: int, decode_rows: int
+    model: ModelSpec, gpu: GpuType, reached: Efficiencies, mix: _Rows, *, gpus_per_instance: int
 ) -> tuple[LatencyPoint, ...]:
     flops = _flops(model, gpu)
     points = []
@@ -136,8 +163,10 @@ def _latencies(
             break
         share = _rank_share(model, tensor=tensor)
         for rows in ROW_COUNTS:
-            compute_s = _compute_s(share, gpu, flops, rows=rows, context_tokens=context_tokens, decode_rows=decode_rows)
-            exchange_s = _exchanges_s(share, gpu, rows=rows, tensor=tensor, is_within=tensor <= gpus_per_instance)
+            moved, computed = _work(share, mix, rows=rows)
+            compute_s = max(moved / (reached.memory * gpu.memory_bytes_per_s), computed / (reached.flops * flops))
+            is_within = tensor <= gpus_per_instance
+            exchange_s = _exchanges_s(share, gpu, reached, rows=rows, tensor=tensor, is_within=is_within)
             layer_ms = 1000 * (compute_s + exchange_s) + LAYER_OVERHEAD_MS
             points.append(LatencyPoint(tokens=rows, tensor=tensor, layer_ms=layer_ms))
     return tuple(points)
@@ -165,29 +194,25 @@ def _rank_share(model: ModelSpec, *, tensor: int) -> _RankShare:
     )
 
 
-def _compute_s(
-    share: _RankShare, gpu: GpuType, flops_per_s: float, *, rows: int, context_tokens: int, decode_rows: int
-) -> float:
-    """The slower of the bytes and the FLOPs of a layer for a forward of so many rows."""
-    decoding = min(rows, decode_rows)
+def _work(share: _RankShare, mix: _Rows, *, rows: int) -> tuple[float, float]:
+    """(bytes moved, FLOPs) of a layer for a forward of so many rows."""
+    decoding = min(rows, mix.decoding)
     prompt = rows - decoding
-    moved = share.weight_bytes + (decoding * context_tokens + prompt) * share.kv_token_bytes
+    moved = share.weight_bytes + (decoding * mix.context_tokens + prompt) * share.kv_token_bytes
     # A row of a prompt looks back over half of it on average.
-    looked_at = decoding * context_tokens + prompt * min(prompt, context_tokens) / 2
-    computed = rows * share.flops_per_row + looked_at * share.attention_flops
-    return max(
-        moved / (MEMORY_EFFICIENCY * gpu.memory_bytes_per_s),
-        computed / (FLOPS_EFFICIENCY * flops_per_s),
-    )
+    looked_at = decoding * mix.context_tokens + prompt * min(prompt, mix.context_tokens) / 2
+    return moved, rows * share.flops_per_row + looked_at * share.attention_flops
 
 
-def _exchanges_s(share: _RankShare, gpu: GpuType, *, rows: int, tensor: int, is_within: bool) -> float:
+def _exchanges_s(
+    share: _RankShare, gpu: GpuType, reached: Efficiencies, *, rows: int, tensor: int, is_within: bool
+) -> float:
     """Two ring all-reduces of the rows' activations; across instances the network bounds the ring."""
     if tensor == 1:
         return 0.0
-    bytes_per_s = LINK_EFFICIENCY * gpu.link_bytes_per_s
+    bytes_per_s = reached.link * gpu.link_bytes_per_s
     if not is_within:
-        bytes_per_s = min(bytes_per_s, NIC_EFFICIENCY * gpu.nic_bytes_per_s)
+        bytes_per_s = min(bytes_per_s, reached.nic * gpu.nic_bytes_per_s)
     wait_s = EXCHANGE_S[gpu.link] if is_within else EXCHANGE_S[gpu.network]
     moved = 2 * (tensor - 1) / tensor * rows * share.row_bytes
     return EXCHANGES_PER_LAYER * (wait_s + moved / bytes_per_s)

@@ -18,7 +18,7 @@ def service_state(state: ClusterState) -> str:
         return "migrating"
     if not serving:
         return "degraded"
-    if (state.run is not None and not state.run.committed) or any(state.doomed(replica) for replica in serving):
+    if (state.run is not None and not state.run.committed) or state.any_doomed(serving):
         return "draining"
     if state.awaiting:
         return "resuming"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import cached_property
 from typing import Literal
 
 from pydantic import Field
@@ -167,6 +169,8 @@ class ClusterState(Frozen):
     load_rps: float = Field(default=0.0, ge=0)
     loads: tuple[tuple[float, float], ...] = ()
     """(time, rate) of the samples that count for `peak_rps`."""
+    needed: int = 0
+    """Instances of the layout that was last chosen among as many as it would take."""
     given_back: int = 0
     """Instances that were not needed and may be asked for again."""
     planned_load_rps: float = 0.0
@@ -196,11 +200,23 @@ class ClusterState(Frozen):
 
     def serving(self) -> tuple[Replica, ...]:
         """Replicas that decode."""
+        return self._serving
+
+    @cached_property
+    def _serving(self) -> tuple[Replica, ...]:
         return tuple(entry.replica for entry in self.replicas.values() if entry.state == "serving")
 
     def doomed(self, replica: Replica) -> bool:
         """Whether the replica has a GPU on an instance that will be taken."""
-        return any(self.instances[instance_of(gpu)].state == "doomed" for gpu in replica.gpus)
+        return bool(self._doomed) and any(instance_of(gpu) in self._doomed for gpu in replica.gpus)
+
+    def any_doomed(self, replicas: Iterable[Replica]) -> bool:
+        """Whether one of these replicas is."""
+        return bool(self._doomed) and any(self.doomed(replica) for replica in replicas)
+
+    @cached_property
+    def _doomed(self) -> frozenset[InstanceId]:
+        return frozenset(name for name, instance in self.instances.items() if instance.state == "doomed")
 
     def requests_of(self, replica: ReplicaId, generation: int) -> tuple[Request, ...]:
         """Live requests that a replica generation owns, by arrival."""

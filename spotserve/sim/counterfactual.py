@@ -6,7 +6,7 @@ requests, under the recorded policy too: that run beside the recorded figures sh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from statistics import median
 
@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from spotserve.core.frozen import Frozen
 from spotserve.core.recorded import RecordedRequest, RecordedScenario
+from spotserve.core.spec import LatencyPoint
 from spotserve.errors import SpotServeError
-from spotserve.sim.hardware import Hardware
+from spotserve.sim.hardware import Hardware, OtherMachine
 from spotserve.sim.measures import Spread
 from spotserve.sim.scenario import Scenario, Slo
 from spotserve.sim.workloads import Arrival, Workload
@@ -90,11 +91,14 @@ def recorded_tpot_s(record: RecordedScenario) -> float | None:
 def paced(scenario: Scenario, factor: float) -> Scenario:
     """The scenario with every iteration so many times as long as the profile says, and a note of it."""
     profile = scenario.spec.profile
+
+    def longer(latencies: Iterable[LatencyPoint]) -> tuple[LatencyPoint, ...]:
+        return tuple(point.model_copy(update={"layer_ms": point.layer_ms * factor}) for point in latencies)
+
     slower = profile.model_copy(
         update={
-            "latencies": tuple(
-                point.model_copy(update={"layer_ms": point.layer_ms * factor}) for point in profile.latencies
-            ),
+            "latencies": longer(profile.latencies),
+            "devices": tuple(one.model_copy(update={"latencies": longer(one.latencies)}) for one in profile.devices),
             "stage_overhead_ms": profile.stage_overhead_ms * factor,
         }
     )
@@ -108,8 +112,10 @@ def recorded_line(record: RecordedScenario) -> RecordedLine:
     end_s = record.duration_s
     requests = record.requests
     tokens = sum(sum(one.output_tokens or ()) for one in requests)
-    hours = sum(_paid_s(one.asked_at_s, one.gone_at_s, end_s) for one in record.instances) / 3600.0
-    usd = hours * _hardware(record).spot_usd_per_hour
+    hardware = _hardware(record)
+    paid = [(_paid_s(one.asked_at_s, one.gone_at_s, end_s) / 3600.0, one.gpu_type) for one in record.instances]
+    hours = sum(each for each, _ in paid)
+    usd = sum(each * hardware.of(gpu_type).spot_usd_per_hour for each, gpu_type in paid)
     return RecordedLine(
         policy=record.spec.policy,
         requests=len(requests),
@@ -136,21 +142,43 @@ def _paid_s(asked_at_s: float, gone_at_s: float | None, end_s: float) -> float:
 
 def _hardware(record: RecordedScenario) -> Hardware:
     """The recorded machines; what the journal does not say is as the simulator assumes it."""
-    price = record.spec.profile.price_of("")
-    usd_per_hour = record.gpus_per_instance * (UNKNOWN_PRICE if price is None else price)
+    of_own_type = tuple(one for one in record.instances if not one.gpu_type)
+    own = replace(record, instances=of_own_type or record.instances)
+    usd_per_hour = _usd_per_hour(record, "", own.gpus_per_instance)
     started = [one.ready_at_s - one.asked_at_s for one in record.instances if one.ready_at_s is not None]
     try:
         return Hardware(
-            gpus_per_instance=record.gpus_per_instance,
-            gpu_memory_bytes=max(1, record.gpu_memory_bytes),
+            gpus_per_instance=own.gpus_per_instance,
+            gpu_memory_bytes=max(1, own.gpu_memory_bytes),
             start_s=median(started) if started else 0.0,
             spot_usd_per_hour=usd_per_hour,
             ondemand_usd_per_hour=usd_per_hour,
+            types={
+                name: _other_machine(record, name) for name in sorted({one.gpu_type for one in record.instances} - {""})
+            },
         )
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         told = f"{first['loc'][0]}: {first['msg']}"
         raise SpotServeError(f"the journal's machines cannot be simulated: {told}") from error
+
+
+def _other_machine(record: RecordedScenario, gpu_type: str) -> OtherMachine:
+    """The recorded instances of another GPU type than the profile's own."""
+    same = [one for one in record.instances if one.gpu_type == gpu_type]
+    num_gpus = max(one.num_gpus for one in same)
+    usd_per_hour = _usd_per_hour(record, gpu_type, num_gpus)
+    return OtherMachine(
+        gpus_per_instance=num_gpus,
+        gpu_memory_bytes=min(one.memory_bytes for one in same),
+        spot_usd_per_hour=usd_per_hour,
+        ondemand_usd_per_hour=usd_per_hour,
+    )
+
+
+def _usd_per_hour(record: RecordedScenario, gpu_type: str, num_gpus: int) -> float:
+    price = record.spec.profile.price_of(gpu_type)
+    return num_gpus * (UNKNOWN_PRICE if price is None else price)
 
 
 def _workload(record: RecordedScenario) -> Workload:

@@ -50,17 +50,26 @@ class SimulatedJournal:
         self._progress = progress
         self._shown_at_s = 0.0
         self._hash = hashlib.sha256()
+        self._seen: tuple[object, object, Moment] | None = None
 
     @property
     def digest(self) -> str:
         """Of every entry so far."""
         return f"sha256:{self._hash.hexdigest()}"
 
+    def _moment(self) -> Moment:
+        """The controller's state as pictures show it; fleet and layout are looked at only where they are new."""
+        state, known = self._controller.state, self._seen
+        if known is None or known[0] is not state.instances or known[1] is not state.replicas:
+            self._seen = (state.instances, state.replicas, moment_of(state))
+            return self._seen[2]
+        return known[2].model_copy(update={"at_s": round(state.at_s, 6), "service": service_state(state)})
+
     async def append(self, entries: Sequence[Entry]) -> None:
         """Take note of entries."""
         for entry in entries:
             self._hash.update(canonical_json(entry).encode())
-        moment = moment_of(self._controller.state)
+        moment = self._moment()
         if self.moments and (self.moments[-1].at_s, self.moments[-1].service) == (moment.at_s, moment.service):
             self.moments.pop()  # It held for no time.
         if not self.moments or self.moments[-1].model_copy(update={"at_s": moment.at_s}) != moment:

@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 
 from spotserve.core import commands as cmd
 from spotserve.core import events as ev
-from spotserve.core.check import check_plan
 from spotserve.core.ids import GpuId, InstanceId, RequestId, entry_of, instance_of
 from spotserve.core.plan import Plan, PlanningProblem
 from spotserve.core.sampling import SamplingParameters
 from spotserve.core.snapshot import Holding
 from spotserve.core.spec import ServingSpec
 from spotserve.core.state import ClusterState
+from spotserve.core.verdict import blocking, findings_of
 from spotserve.errors import InfeasibleError, SpotServeError
 from spotserve.sim.faults import Faults
 from spotserve.sim.streams import Owner, virtual_token
@@ -363,11 +363,11 @@ class VirtualWorld(VirtualWorkers):
             except InfeasibleError as error:
                 return ev.PlanFailed(at_s=self.at_s, command=command_id, error=str(error))
             plan = self.faults.damaged(made)
-            findings = [f for f in check_plan(plan) if f.code != "past_deadline"] if plan.steps else []
-            if findings and plan is made:
-                self.refused_plans.append(str(findings[0]))
-            if findings:
-                return ev.PlanFailed(at_s=self.at_s, command=command_id, error=f"checker: {findings[0]}")
+            finding = blocking(findings_of(plan))
+            if finding is not None and plan is made:
+                self.refused_plans.append(str(finding))
+            if finding is not None:
+                return ev.PlanFailed(at_s=self.at_s, command=command_id, error=f"checker: {finding}")
             return ev.PlanReady(at_s=self.at_s, command=command_id, plan=plan)
 
         self.after(self._spread(self.rates.solve_s) + solving.delay_s, answer, survives=False)
@@ -395,14 +395,21 @@ class VirtualWorld(VirtualWorkers):
         self.after(self._spread(self.rates.step_s), answer, survives=False)
 
     def _commit_run(self, command_id: str, command: cmd.CommitRun) -> None:
-        target = self.plans[command.epoch].target
-        self.current = {(replica.id, replica.generation) for replica in target.replicas} - self.ledger.fenced
+        self._has_target(command.epoch)
         self.ledger.set_owners(
             {
                 change.request: None if change.replica is None else (change.replica, change.generation)
                 for change in command.owners
             }
         )
+
+    def _finish_run(self, command_id: str, command: cmd.FinishRun) -> None:
+        self._has_target(command.epoch)
+
+    def _has_target(self, epoch: int) -> None:
+        """What a plan wanted is what there is; a restart may lie between its commit and its end."""
+        target = self.plans[epoch].target
+        self.current = {(replica.id, replica.generation) for replica in target.replicas} - self.ledger.fenced
 
     def _abort_run(self, command_id: str, command: cmd.AbortRun) -> None:
         self.aborted.add(command.epoch)

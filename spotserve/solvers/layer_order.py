@@ -103,9 +103,7 @@ def _touched(changes: Sequence[LayerChange]) -> list[GpuId]:
 
 def _growth(changes: Sequence[LayerChange]) -> list[list[int]]:
     """Of each GPU that any layer touches, how much more it holds once each layer has moved."""
-    return [
-        [change.incoming.get(gpu, 0) - change.freed.get(gpu, 0) for change in changes] for gpu in _touched(changes)
-    ]
+    return [[change.incoming.get(gpu, 0) - change.freed.get(gpu, 0) for change in changes] for gpu in _touched(changes)]
 
 
 def peak_bytes(changes: Sequence[LayerChange], order: Sequence[str], memory: Mapping[GpuId, int]) -> int:

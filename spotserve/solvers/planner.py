@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 from spotserve.core.cost import PipelineShape
+from spotserve.core.options import WHILE_SERVING
 from spotserve.core.plan import Mode, Plan, PlanningProblem, SolverReport
 from spotserve.core.snapshot import Replica
-from spotserve.solvers.configure import Candidate, Choice, Table, configure, pinned, tabulate
+from spotserve.solvers.configure import Candidate, Choice, Table, configure, tabulate
+from spotserve.solvers.configure.candidates import UNSERVED_US
 from spotserve.solvers.configure.mixed import MixChoice, configure_by_type
 from spotserve.solvers.estimate import workload_of
 from spotserve.solvers.facts import Facts, gather
@@ -22,6 +25,7 @@ from spotserve.solvers.migrate.sources import UNPLANNED
 from spotserve.solvers.migration_cost import MigrationCost, migration_cost
 from spotserve.solvers.registry import POLICIES, require_known
 from spotserve.solvers.rungs import Rungs
+from spotserve.solvers.widening import GAIN, WORSE, Mix, latency_of, mixes, throughput_of
 
 ATTEMPTS = 8
 """Candidates tried in live mode before in_place is considered, and compared where the first one's outage is long."""
@@ -54,11 +58,13 @@ class Planner:
         if self._keeps_everything(first.candidate):
             return rungs.unchanged()
         if self._may_be_live() and (plan := self._best_live(rows, first)) is not None:
-            return plan
+            return self._widened(plan, rows) or plan
         layout = self._lay_out(first.candidate, self._left_running(self._kept(first.candidate)), mode="in_place")
         assert layout is not None, "a tabulated candidate fits an empty GPU"
         restart = rungs.in_place(layout)
-        return restart if self._is_worth_its_stop(restart, first.candidate, rows) else rungs.unchanged()
+        if (wider := self._widened(restart, rows)) is not None:
+            return wider
+        return restart if self._is_worth_its_stop(restart, first.candidate) else rungs.unchanged()
 
     def _rungs(self, configured: SolverReport) -> Rungs:
         """Plans of layouts for a configuration that was chosen so."""
@@ -66,9 +72,10 @@ class Planner:
 
     def _may_be_live(self) -> bool:
         """Whether new replicas may come up beside the old: the policy wants it, or there is nothing old."""
-        return self.facts.policy == "live" or not self.facts.problem.snapshot.world.replicas
+        beside = self.facts.policy == "live" and self.facts.solvers["move"] == WHILE_SERVING
+        return beside or not self.facts.problem.snapshot.world.replicas
 
-    def _is_worth_its_stop(self, restart: Plan, candidate: Candidate, rows: Table) -> bool:
+    def _is_worth_its_stop(self, restart: Plan, candidate: Candidate) -> bool:
         """Whether what runs should stop for a better configuration; the published policies never ask.
 
         What is hit has no choice, nor has what cannot serve its load or is not of the degrees that a person wants.
@@ -76,12 +83,48 @@ class Planner:
         replicas = self.facts.problem.snapshot.world.replicas
         if self.facts.policy != "live" or not replicas or len(self.facts.view.intact) < len(replicas):
             return True
-        allowed, _ = pinned(self.facts.spec, rows)
-        running = allowed.find(data=len(replicas), pipeline=replicas[0].pipeline, tensor=replicas[0].tensor)
-        if running is None or running.unserved > candidate.unserved:
+        if self._is_pinned():
             return True
+        workload = workload_of(self.facts.problem)
+        running_ms = latency_of(self.facts.spec, replicas, workload)
+        unserved = running_ms == float("inf")
+        if unserved and not candidate.unserved:
+            return True
+        running = replace(
+            candidate,
+            unserved=int(unserved),
+            latency_us=UNSERVED_US if unserved else round(running_ms * 1000),
+            throughput_urps=round(throughput_of(self.facts.spec, replicas, workload) * 1e6),
+        )
         staying = migration_cost(Rungs(self.facts, self.layouts, {}).unchanged(), running, best=candidate)
         return migration_cost(restart, candidate, best=candidate).beats(staying)
+
+    def _is_pinned(self) -> bool:
+        """Whether a person chose degrees, which a mix of shapes would not keep."""
+        limits = self.facts.spec.limits
+        return (limits.data, limits.pipeline, limits.tensor) != (None, None, None)
+
+    def _widened(self, plan: Plan, rows: Table) -> Plan | None:
+        """A live plan that leaves what is intact as it is, with other shapes on idle GPUs; None if `plan` is as good.
+
+        Only under a known load, as nothing else says what a mix of shapes is worth.
+        """
+        facts, workload = self.facts, workload_of(self.facts.problem)
+        intact = facts.view.intact
+        if not self._may_be_live() or self._is_pinned() or workload.load_rps <= 0 or not intact:
+            return None
+        if len(facts.view.staying) > MAX_COMPARED_GPUS:
+            return None
+        planned_ms = latency_of(facts.spec, plan.target.replicas, workload)
+        most_ms = planned_ms / GAIN if plan.mode == "live" else planned_ms * WORSE
+        for mix in islice(mixes(facts.spec, rows, workload, intact=intact, num_idle=len(facts.idle(intact))), ATTEMPTS):
+            if mix.latency_ms > most_ms:
+                return None
+            layout = self.layouts.lay_out(mix.shape, mix.count, intact, mode="live")
+            if layout is not None:
+                rungs = self._rungs(_beside(mix))
+                return rungs.live(layout) if layout.fresh or layout.affected else rungs.unchanged()
+        return None
 
     def _left_running(self, kept: tuple[Replica, ...]) -> tuple[Replica, ...]:
         """Which of the replicas that a target keeps run on beside a plan that stops first.
@@ -275,6 +318,18 @@ class Planner:
                 left.subtract(needed)
                 spawned.append(shape)
         return spawned
+
+
+def _beside(mix: Mix) -> SolverReport:
+    """The report of a mix: the fastest of those that disturb nobody."""
+    certificate: dict[str, str | int | float] = {
+        "kind": "beside_what_runs",
+        "count": mix.count,
+        "pipeline": mix.shape[0],
+        "tensor": mix.shape[1],
+        "serves_load": 1,
+    }
+    return SolverReport(name="widening", status="feasible", objective=mix.latency_ms, certificate=certificate)
 
 
 def _pins(choice: Choice) -> str | int | float | None:

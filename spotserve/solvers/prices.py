@@ -30,7 +30,9 @@ def cost_of(facts: Facts, draft: Draft, *, stall_s: float) -> Cost | None:
         for gpu in instance.gpus
     ]
     after = facts.view.staying
-    paid = {facts.types[gpu] for gpu in (*before, *after)} or {""}
+    # A replica may stop on GPUs that joined and were noticed since: they are on neither side.
+    stopped = [gpu for replica in draft.affected for gpu in replica.gpus if facts.view.alive(gpu)]
+    paid = {facts.types[gpu] for gpu in (*before, *after, *stopped)} or {""}
     prices = {name: price for name in paid if (price := facts.spec.profile.price_of(name)) is not None}
     if len(prices) < len(paid):
         return None
@@ -39,7 +41,6 @@ def cost_of(facts: Facts, draft: Draft, *, stall_s: float) -> Cost | None:
         return sum(prices[facts.types[gpu]] for gpu in gpus)
 
     before_usd, after_usd = usd_per_h(before), usd_per_h(after)
-    stopped = [gpu for replica in draft.affected for gpu in replica.gpus if facts.view.alive(gpu)]
     return Cost(
         before_usd_per_h=round(before_usd, 6),
         after_usd_per_h=round(after_usd, 6),

@@ -5,32 +5,41 @@ from __future__ import annotations
 from collections.abc import Mapping
 from difflib import get_close_matches
 
-from spotserve.core.options import NOT_IN_PLANS
+from spotserve.core.options import NOT_IN_PLANS, STOPPED, WHILE_SERVING
 from spotserve.errors import SpecError
 from spotserve.solvers.arrange import ARRANGERS
-from spotserve.solvers.configure import BY_PAPER, CHOOSERS
+from spotserve.solvers.configure import BY_PAPER, CHOOSERS, FICKLE
 from spotserve.solvers.fleet import FLEETS
 from spotserve.solvers.ladder import SELECTORS
 from spotserve.solvers.migrate.sources import SOURCE_SOLVERS
 from spotserve.solvers.place import PLACERS
 
 SOLVERS: dict[str, tuple[str, ...]] = {
-    "configure": (*CHOOSERS, *BY_PAPER),
+    "configure": (*CHOOSERS, *FICKLE, *BY_PAPER),
     "place": tuple(PLACERS),
     "migrate": SOURCE_SOLVERS,
     "arrange": tuple(ARRANGERS),
     "ladder": tuple(SELECTORS),
+    "move": (WHILE_SERVING, STOPPED),
 }
 LIBRARY_SOLVERS: dict[str, tuple[str, ...]] = {"fleet": tuple(FLEETS)}
 """Solvers that no plan uses, for those who call them: what to buy, where no cloud of this daemon sells."""
 
-DEFAULTS = {"configure": "cpsat", "place": "makespan", "migrate": "layered", "arrange": "scan", "ladder": "priced"}
+DEFAULTS = {
+    "configure": "cpsat",
+    "place": "makespan",
+    "migrate": "layered",
+    "arrange": "scan",
+    "ladder": "priced",
+    "move": WHILE_SERVING,
+}
 PAPER_DEFAULTS = {
     "configure": "paper",
     "place": "paper",
     "migrate": "paper",
     "arrange": "paper",
     "ladder": "longest_first",
+    "move": STOPPED,
 }
 POLICIES = ("live", "paper", "reroute", "reparallelize")
 

@@ -182,7 +182,7 @@ def test_refuses_sizes(text: str) -> None:
         ({"orphan_timeout": "0"}, "--orphan-timeout 0 is not between 0.1 and 86400 seconds"),
         ({"dtype": "int8"}, "--dtype int8 is not one of float32, bfloat16, float16"),
         ({"solver": ["place"]}, "--solver ['place'] is not kind=name"),
-        ({"solver": ["plaec=x"]}, "--solver plaec is not one of configure, place, migrate, arrange, ladder"),
+        ({"solver": ["plaec=x"]}, "--solver plaec is not one of configure, place, migrate, arrange, ladder, move"),
         ({"solver": ["place=rank-order", "place=reuse"]}, "--solver place=reuse contradicts place=rank-order"),
         ({"model": ""}, "MODEL  is empty"),
         ({"trace": "/nowhere/trace"}, "--trace /nowhere/trace is not a file"),

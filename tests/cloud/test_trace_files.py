@@ -41,6 +41,20 @@ def test_round_trip_of_every_field(tmp_path: Path) -> None:
     assert trace == again(tmp_path, trace, living=2)
 
 
+def test_what_our_format_has_no_room_for(tmp_path: Path) -> None:
+    """Tests that an event of many instances becomes several, and that long notes are cut and many left out."""
+    names = tuple(InstanceId(f"i{number}") for number in range(2500))
+    events = (
+        TraceEvent(at_s=0, kind="add", instances=names, zone="a"),
+        TraceEvent(at_s=1, kind="kill", instances=names),
+    )
+    trace = Trace(name="large", events=events, end_s=2.0, source="s" * 3000, notes=("n" * 3000,) * 120)
+    read = again(tmp_path, trace)
+    assert [("add", 1024), ("add", 1024), ("add", 452)] == [(one.kind, len(one.instances)) for one in read.events[:3]]
+    assert instance_counts(trace) == instance_counts(read)
+    assert ("s" * 2000, ("n" * 2000,) * 100) == (read.source, read.notes)
+
+
 def test_round_trip_of_published_traces(tmp_path: Path, shared_data: Path) -> None:
     """Tests that every trace of the paper is the same after it was written in our format."""
     folder = shared_data / "spotserve-paper/traces"

@@ -22,6 +22,12 @@ from tests.golden_journals.reading import entries_of
 Json = dict[str, Any]
 
 
+@pytest.fixture(autouse=True)
+def _version_that_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal is of the first policy version."""
+    monkeypatch.setattr(replay_module, "POLICY_VERSION", 1)
+
+
 @pytest.fixture(scope="module")
 def entries() -> list[Entry]:
     """The journal of a daemon whose coordinator was killed in between."""

@@ -12,7 +12,7 @@ from spotserve.core.cost import decode_ms, prefill_ms
 from spotserve.core.gpu_catalogue import GPU_TYPES, GpuType, gpu_type
 from spotserve.core.model_tables import model_table
 from spotserve.core.paper_profiles import TIMES, paper_profile
-from spotserve.core.roofline import roofline_profile
+from spotserve.core.roofline import Efficiencies, roofline_profile
 from spotserve.core.sizing import size_limits
 from spotserve.core.slices import shard_bytes, stage_shard
 from spotserve.core.spec import DType, Limits, ModelSpec, ServingSpec
@@ -198,6 +198,28 @@ def test_models_fit_where_they_do(model: ModelSpec, gpu: str, num_gpus: int, fit
     else:
         with pytest.raises(ModelError, match="exceed"):
             sized()
+
+
+def test_a_network_is_that_of_the_slowest_type() -> None:
+    """Tests that the rate which plans count on is one that instances of every type of the fleet have."""
+    model, h100, l4 = model_table("llama-70b"), gpu_type("h100"), gpu_type("l4")
+    alone, mixed = roofline_profile(model, h100), roofline_profile(model, h100, others=(l4,))
+    assert (0.9 * h100.nic_bytes_per_s, 0.9 * l4.nic_bytes_per_s) == (alone.link_bytes_per_s, mixed.link_bytes_per_s)
+    assert alone.latencies == mixed.latencies
+
+
+@pytest.mark.parametrize("name", ["memory", "flops", "link", "nic"])
+def test_efficiencies(name: str) -> None:
+    """Tests that each efficiency is of 0 to 1 and changes what it is of, or the network's rate."""
+    for value in (0.0, 1.01, math.nan):
+        with pytest.raises(SpecError, match=f"{name} efficiency"):
+            Efficiencies(**{name: value})
+    model, gpu = model_table("llama-70b"), gpu_type("l40s")
+    usual = roofline_profile(model, gpu)
+    worse = roofline_profile(model, gpu, efficiencies=Efficiencies(**{name: 0.05}))
+    assert usual.link_bytes_per_s / worse.link_bytes_per_s == pytest.approx(0.9 / 0.05 if name == "nic" else 1.0)
+    slower = [one.layer_ms > other.layer_ms for one, other in zip(worse.latencies, usual.latencies, strict=True)]
+    assert any(slower)
 
 
 @pytest.mark.parametrize(

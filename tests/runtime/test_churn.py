@@ -151,6 +151,7 @@ def drawn_scenes() -> list[tuple[tuple[int, int], str, bool]]:
     return [(cut, *variant) for cut, variant in zip(drawn, VARIANTS, strict=True)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("degrees", "dtype", "prepacked"), drawn_scenes())
 def test_bits_do_not_depend_on_churn(deep: Path, degrees: tuple[int, int], dtype: str, prepacked: bool) -> None:
     """Tests a drawn (P, M) for each variant with 16 sequences that come, pause, go and are evicted."""

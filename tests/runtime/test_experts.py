@@ -225,6 +225,7 @@ def transformers_tokens(folder: Path, num_tokens: int) -> list[int]:
     return greedy_tokens(reference_model(folder), prompt(37), num_tokens)
 
 
+@pytest.mark.thorough
 def test_float32_tokens_are_those_of_transformers(folder: Path) -> None:
     """Tests varied greedy tokens against `generate`, whole and cut, and some in fast mode."""
     expected = transformers_tokens(folder, 120)
@@ -237,6 +238,7 @@ def test_float32_tokens_are_those_of_transformers(folder: Path) -> None:
         assert expected[:30] == replica.generate(key_of(0), prompt(37), 30)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_s_bits_do_not_depend_on_the_cut_or_the_chunk(folder: Path, dtype: str) -> None:
     """Tests logits of prefill and decode for several (P, M), and for prefill chunks down to one token."""

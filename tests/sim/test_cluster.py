@@ -86,6 +86,7 @@ def test_jumps_change_nothing(memory_mib: int, pipelines: set[str], policy: str)
     assert used & pipelines, "the scenario has no pipeline of the kind it is for"
 
 
+@pytest.mark.thorough
 def test_the_same_run_in_every_process() -> None:
     """Tests that this process and two of other hash seeds write the same journal, byte by byte."""
     script = (

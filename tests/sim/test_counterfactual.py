@@ -9,6 +9,7 @@ import pytest
 from spotserve.core import events as ev
 from spotserve.core.controller import Entry
 from spotserve.core.recorded import RecordedScenario, recorded_scenario
+from spotserve.core.spec import DeviceProfile
 from spotserve.errors import SpotServeError
 from spotserve.sim.counterfactual import (
     paced,
@@ -40,6 +41,31 @@ def test_scenario_has_the_recorded_machines_and_requests(record: RecordedScenari
     assert 0.1 < scenario.hardware.start_s < 1.0
     played = [(one.at_s, one.prompt_tokens, one.output_tokens) for one in scenario.workload.arrivals]
     assert played == [(one.at_s, one.prompt_tokens, sum(one.output_tokens or ())) for one in record.requests]
+
+
+def test_a_fleet_of_two_types_keeps_them(record: RecordedScenario) -> None:
+    """Tests that each type's memory, price and times are its own, in the bill, and when iterations are slowed down."""
+    profile = record.spec.profile
+    device = DeviceProfile(type="slow", latencies=profile.latencies, price_per_hour=3.0)
+    spec = record.spec.model_copy(
+        update={"profile": profile.model_copy(update={"devices": (device,), "price_per_hour": 1.0})}
+    )
+    first, *others = record.instances
+    slow = replace(first, gpu_type="slow", num_gpus=2, memory_bytes=5 * 1024 * 1024)
+    mixed = replace(record, spec=spec, instances=(slow, *others))
+    scenario = scenario_of_record(mixed, name="night", policies=("live",))
+    assert {"slow": (2, 5 * 1024 * 1024, 6.0)} == {
+        name: (one.gpus_per_instance, one.gpu_memory_bytes, one.spot_usd_per_hour)
+        for name, one in scenario.hardware.types.items()
+    }
+    assert (1, 6 * 1024 * 1024, 1.0) == (
+        scenario.hardware.gpus_per_instance,
+        scenario.hardware.gpu_memory_bytes,
+        scenario.hardware.spot_usd_per_hour,
+    )
+    assert recorded_line(mixed).usd > recorded_line(mixed).instance_hours
+    (slowed,) = paced(scenario, 2.0).spec.profile.devices
+    assert [2 * point.layer_ms for point in device.latencies] == [point.layer_ms for point in slowed.latencies]
 
 
 def test_choices_and_open_requests_are_played_and_said(record: RecordedScenario) -> None:

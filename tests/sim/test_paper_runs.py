@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from benchmarks.paper import costs, figure6, figure8, figure9
+from benchmarks.paper import costs, figure6, figure8, figure9, reproduced
 from benchmarks.paper.published import SEQUENCES, Published
 from benchmarks.paper.scenarios import phases_of, published_requests, scenario_of, trace_of
 from benchmarks.paper.systems import SPOTSERVE, SYSTEMS, holes_of, layouts_of, play, play_on_demand, row_of
@@ -34,6 +35,7 @@ def test_the_bill_is_the_published_one(shared_data: Path, trace: str, usd: float
     assert run.requests.lost == 0
 
 
+@pytest.mark.thorough
 def test_the_saving_is_the_published_one(shared_data: Path) -> None:
     """Tests the 54 %: B_S beside eight on-demand instances for 18 minutes, both as simulated."""
     data = shared_data / "spotserve-paper"
@@ -52,6 +54,7 @@ def test_table_1_is_met(shared_data: Path) -> None:
     assert all(line.endswith("| yes |") for line in list(costs.render_table_1(rows))[4:])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("trace", sorted(SEQUENCES))
 def test_the_sequences_of_figure_8(shared_data: Path, trace: str) -> None:
     """Tests that the paper's policy goes through the published configurations, each at the stamp that it is for."""
@@ -77,6 +80,7 @@ def test_the_paper_takes_the_configurations_it_took(shared_data: Path) -> None:
     assert run.recomputed_tokens == 0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
 def test_averages_are_within_the_aims(shared_data: Path, system: object) -> None:
     """Tests GPT-20B on B_S+O, where SpotServe and Rerouting hold the same pipelines and only hand-outs differ."""
@@ -110,6 +114,7 @@ def test_holes_are_no_migrations() -> None:
     assert [(100, 170)] == holes_of(timeline)
 
 
+@pytest.mark.thorough
 def test_the_ablation_takes_one_part_away_after_the_other(shared_data: Path) -> None:
     """Tests that without the controller (P, M) stays, and that without the arranger KV is computed again."""
     data = shared_data / "spotserve-paper"
@@ -133,3 +138,10 @@ def test_ours_stalls_shorter_than_the_paper(shared_data: Path) -> None:
     assert 2 * ours.stall_s.max < theirs.stall_s.max
     assert ours.latency_s.p99 < theirs.latency_s.p99
     assert ours.recomputed_tokens == 0
+
+
+def test_the_committed_page_is_what_its_numbers_say() -> None:
+    """Tests that the part of the results page that is about the published runs is made of the results file."""
+    results = Path(__file__).resolve().parents[2] / "benchmarks/results/paper.json"
+    rows = json.loads(results.read_text(encoding="utf-8"))["parts"]["reproduced"]["rows"]
+    assert "\n".join(reproduced.render(rows)) in results.with_suffix(".md").read_text(encoding="utf-8")

@@ -238,6 +238,14 @@ def test_scalings_are_told(tmp_path: Path) -> None:
     assert "storage 1e+09 bytes/s by the scenario" in scenario.spec.profile.source
 
 
+def test_a_window_ends_with_its_trace(tmp_path: Path) -> None:
+    """Tests that a window beyond the end of a trace is refused: nobody knows what capacity was like then."""
+    shutil.copy(EXAMPLES / "a_s.json", tmp_path / "a_s.json")
+    path = tmp_path / "scenario.toml"
+    path.write_text(TINY.replace("instances = 2", 'file = "a_s.json"\nstop_s = 1321'), encoding="utf-8")
+    assert "trace.stop_s 1321 is after the end of trace a_s at 1320 s" in refusal(path).message
+
+
 def test_a_roofline_knows_the_instances_of_the_scenario(spoiled: Spoiled) -> None:
     """Tests that a profile of the catalogue is made for the GPUs of an instance and the dtype that are asked for."""
     text = 'profile = "a10g"\ndtype = "float16"'

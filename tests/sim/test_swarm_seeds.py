@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.swarm import FOUND
 from spotserve.cli.main import run_verb
 from spotserve.core import admission, plan_run, planning
 from spotserve.core.state import ClusterState, Request
@@ -23,21 +24,6 @@ from spotserve.solvers.planner import make_plan
 NUM_SEEDS = 200
 PER_TEST = 20
 QUICK_SHARE = 10
-
-FOUND = {
-    61: "a machine that died while it joined came half back (the virtual world)",
-    123: "a second, late answer of the planner began a plan of an older membership",
-    1711: "after a restart behind a commit a leader was told of KV that had not moved",
-    4032: "KV that a first migration left behind was held against the next one (the virtual world)",
-    1821: "a leader took again what it had sampled to its end (the virtual world)",
-    105: "a restart counted on room that weights of an aborted plan took on an idle GPU",
-    254: "the same, beside a replica that went on",
-    744: "a reserve that was short of room made some of left-over weights that its own position was to use",
-    849: "an instance that was about to be taken was held for capacity that is back (the swarm)",
-    1186: "weights came for a position that was gone, and took room for ever (the virtual world)",
-    1898: "a reserve of a coordinator that had died came about under the next one (the virtual world)",
-}
-"""Seeds that showed a fault, and which; each is mended."""
 
 
 def ranges() -> list[Any]:
@@ -171,7 +157,7 @@ def test_command_reports_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_command_tells_a_failing_seed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests that a broken promise costs exit 1, and comes with its scenario and the command that plays it again."""
-    monkeypatch.setattr("spotserve.core.admission._room", lambda state, replica: 1000)
+    monkeypatch.setattr(admission, "_rooms", lambda state: dict.fromkeys((r.id for r in state.serving()), 1000))
     assert 1 == run_verb(["simulate", "--swarm", "4", "--seed", "0"])
     told = capsys.readouterr().out
     assert "P5: " in told

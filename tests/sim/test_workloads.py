@@ -25,6 +25,7 @@ from spotserve.sim.workloads import (
     lengths_of,
     our_requests,
     ramp,
+    scaled,
     steps,
     synthetic,
     thinned,
@@ -113,6 +114,25 @@ def test_a_rate_that_ends_never_reaches_more() -> None:
     curve = steps([1.0, 0.0], step_s=10.0)
     assert math.inf == curve.reached_s(10.5)
     assert synthetic(curve, FIXED, duration_s=1000.0, seed=0).duration_s <= 10.0
+
+
+def test_a_scaled_curve_has_its_mean() -> None:
+    """Tests that a curve keeps its shape at another height, by its mean over a time; one that is 0 has no height."""
+    curve = scaled(ramp(1.0, 3.0, duration_s=100.0), mean_rps=10.0, duration_s=50.0)
+    assert 500.0 == pytest.approx(curve.expected(50.0))
+    assert 3.0 == pytest.approx(curve.points[1][1] / curve.points[0][1])
+    assert "10 on average of 50 s" in curve.told
+    with pytest.raises(SpecError, match="no mean of 2 per second"):
+        scaled(steps([0.0, 5.0], step_s=60.0), mean_rps=2.0, duration_s=60.0)
+
+
+def test_a_swing_has_as_many_periods_as_it_is_told() -> None:
+    """Tests that a rate goes on swinging through its periods and stays after them; too many are refused."""
+    curve = diurnal(2.0, swing=0.5, period_s=10.0, periods=40)
+    assert 800.0 == pytest.approx(curve.expected(400.0))
+    assert 1.0 == pytest.approx(curve.points[-1][1])
+    with pytest.raises(SpecError, match="2000 periods of 10 s are not 1 to 1040"):
+        diurnal(2.0, swing=0.5, period_s=10.0, periods=2000)
 
 
 def test_diurnal_peaks_where_it_says() -> None:

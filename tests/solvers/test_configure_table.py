@@ -245,6 +245,7 @@ for load_rps in (0.0, 0.3):
 """
 
 
+@pytest.mark.thorough
 def test_mixed_plans_are_the_same_under_every_hash_seed() -> None:
     """Tests that three processes with different PYTHONHASHSEED write the same bytes."""
     answers = {

@@ -340,6 +340,7 @@ def test_what_a_gpu_holds_is_not_fetched_unless_it_goes() -> None:
     assert [((), {name: [(64, 128)]})] == [(one.holders, one.parts[0].ranges) for one in kept]
 
 
+@pytest.mark.thorough
 def test_same_sources_in_any_process(seed: int) -> None:
     """Tests that three processes with different hash seeds choose the same sources, splits included."""
     program = (

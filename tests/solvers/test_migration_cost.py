@@ -39,7 +39,7 @@ def test_a_faster_shape_is_left_where_getting_there_costs_more() -> None:
     """Tests that on a fast link both replicas change shape, and on a slow one the living replica stays as it is."""
     fast, slow = (make_plan(half_lost(link_bytes_per_s=rate)) for rate in (1e9, 1e4))
     assert (1, None, 0) == chosen(fast)
-    assert (2, 5, 1) == chosen(slow)
+    assert (1, None, 1) == chosen(slow), "a faster one comes up beside it"
     assert (0.0, "live") == (slow.estimates.stall_s, slow.mode)
     assert () == check_plan(fast) == check_plan(slow)
 

@@ -327,6 +327,7 @@ def digest_of_placements() -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+@pytest.mark.thorough
 def test_the_same_in_three_processes() -> None:
     """Tests that answers, statistics and certificates do not depend on the process or its hash seed."""
     code = "from tests.solvers.test_place_makespan import digest_of_placements; print(digest_of_placements())"

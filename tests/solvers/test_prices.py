@@ -126,6 +126,20 @@ def test_types_have_their_own_prices() -> None:
     assert make_plan(with_type(problem, "i2", None)).cost is None
 
 
+def test_a_replica_on_gpus_that_came_and_were_noticed_has_a_price() -> None:
+    """Tests that what stops is priced where its type is on neither side: joined by this event, noticed since."""
+    problem = with_type(priced_problem(Trigger(kind="joined", instances=("i1",)), spare=2), "i1", 5.0)
+    world = problem.snapshot.world
+    doomed = tuple(
+        one.model_copy(update={"state": "doomed", "remaining_s": 30.0}) if one.id == "i1" else one
+        for one in world.instances
+    )
+    snapshot = problem.snapshot.model_copy(update={"world": world.model_copy(update={"instances": doomed})})
+    cost = make_plan(problem.model_copy(update={"snapshot": snapshot})).cost
+    assert cost is not None
+    assert (6.0, 6.0) == (cost.before_usd_per_h, cost.after_usd_per_h)
+
+
 def test_without_a_target_tokens_have_no_price() -> None:
     """Tests that what is left and cannot serve is still paid for, with no price of a token."""
     plan = make_plan(priced_problem(notice("i0", "i1", "i2")))

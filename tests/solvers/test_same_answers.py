@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.solvers import test_arrange, test_fleet, test_ladder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,6 +28,7 @@ for fleet in {fleets!r}:
 """
 
 
+@pytest.mark.thorough
 def test_same_answer_in_any_process(rng: random.Random) -> None:
     """Tests that three processes with different hash seeds stop, keep and buy the same, certificates included."""
     program = PROGRAM.format(

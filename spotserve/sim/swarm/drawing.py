@@ -127,6 +127,7 @@ class SwarmScenario:
     coordinator: tuple[CoordinatorCrash, ...]
     shares: Shares
     stop: Stop | None
+    spare_instances: int | None
 
     def spec(self) -> ServingSpec:
         """What is served."""
@@ -134,7 +135,10 @@ class SwarmScenario:
             model=toy_model(num_layers=self.num_layers),
             profile=toy_profile(link_bytes_per_s=self.link_bytes_per_s),
             limits=Limits(
-                max_model_len=256, max_running=self.max_running, migration_headroom_bytes=self.headroom_bytes
+                max_model_len=256,
+                max_running=self.max_running,
+                migration_headroom_bytes=self.headroom_bytes,
+                spare_instances=self.spare_instances,
             ),
             policy=self.policy,
         )
@@ -172,6 +176,7 @@ def draw_scenario(seed: int) -> SwarmScenario:
         coordinator=_coordinator(dice),
         shares=_shares(dice),
         stop=_stop(dice),
+        spare_instances=dice.choice([None, None, None, 0, 1]),
     )
 
 

@@ -26,7 +26,7 @@ FAULT_CLASSES = (
     *("solver_slow", "solver_failing", "solver_absent", "solver_wrong"),
     *("coordinator_crash_before_write", "coordinator_crash_after_write", "coordinator_crash_midway"),
     *("out_of_memory_on_reserve", "step_failure", "release_failure", "kv_evicted", "kv_dropped"),
-    *("capacity_flapping", "load_change", "stop_drained", "stop_with_open_requests"),
+    *("capacity_flapping", "capacity_given_back", "load_change", "stop_drained", "stop_with_open_requests"),
     *("client_cancels", "client_reads_late", "request_timeout"),
 )
 """What a swarm counts; a class that never happened was not tested."""

@@ -11,14 +11,14 @@ from typing import Any
 
 from spotserve.core import events as ev
 from spotserve.core.canonical import digest
-from spotserve.core.commands import Command
+from spotserve.core.commands import Command, KillInstance
 from spotserve.core.controller import Controller, Entry, apply
 from spotserve.core.decide import decide
 from spotserve.core.ids import RequestId
 from spotserve.core.loop import run
 from spotserve.core.plan import Plan, PlanningProblem
 from spotserve.core.service import service_state
-from spotserve.core.state import RELEASE_TRIES, ClusterState
+from spotserve.core.state import GIVEN_BACK, RELEASE_TRIES, ClusterState
 from spotserve.errors import SpotServeError
 from spotserve.sim.checkers import Violation, check_all
 from spotserve.sim.streams import ClientStream
@@ -288,6 +288,12 @@ class SeedRun:
             1
             for entry in entries
             if isinstance(entry.event, ev.TimerFired) and entry.event.timer.startswith("request:") and entry.commands
+        )
+        result.faults["capacity_given_back"] = sum(
+            1
+            for entry in entries
+            for command in entry.commands
+            if isinstance(command, KillInstance) and command.reason == GIVEN_BACK
         )
         result.faults = +result.faults
         result.refused = self.world.ledger.refused

@@ -20,6 +20,7 @@ from spotserve.solvers.paper.candidates import algorithm_1, algorithm_1_as_publi
 __all__ = [
     "BY_PAPER",
     "CHOOSERS",
+    "FICKLE",
     "Candidate",
     "Choice",
     "Goal",
@@ -34,6 +35,9 @@ __all__ = [
 
 SEVERAL_LOSS_PERMILLE = 1250
 """What a second replica may cost: so much of the latency that a single one would have."""
+
+FICKLE = {"cpsat-fickle": "cpsat"}
+"""Without hysteresis: what runs is worth nothing to them."""
 
 BY_PAPER = {"paper": False, "paper-as-published": True}
 """Algorithm 1 as the artifact runs it, and as the paper prints it: they look at nothing but pins before they choose."""
@@ -63,13 +67,15 @@ def configure(spec: ServingSpec, rows: Sequence[Candidate], *, workload: Workloa
             result = algorithm_1(spec, offered.columns, workload)
         judged = dict(result.certificate)
     else:
-        near = kept_shape(allowed, load_known=load_known)
+        near = allowed if solver in FICKLE else kept_shape(allowed, load_known=load_known)
         roomy = near.where(near.columns["headroom"] > 0)
         roomy = roomy if len(roomy) else near
         offered = several_replicas(roomy, load_known=load_known) if spec.policy == "live" else roomy
         gives_back = spec.policy == "live" and spec.limits.spare_instances is not None
         goals = goals_for(offered, load_known=load_known, gives_back=gives_back)
-        result = CHOOSERS[solver](offered, goals)
+        if solver in FICKLE:
+            goals = tuple(goal for goal in goals if goal.column != "disturbed")
+        result = CHOOSERS[FICKLE.get(solver, solver)](offered, goals)
         measure = next(goal.column for goal in goals if goal.tolerance_permille)
         judged = {"kind": "epsilon_lexicographic", "measure": measure}
     assert result.answer is not None, "a table with rows has a choice"

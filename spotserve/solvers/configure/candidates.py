@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spotserve.core.cost import (
+    BUSY_DEVIATIONS,
     MOST_PREFILL_SHARE,
     OCCUPANCY_ROUNDS,
     SERVES_MARGIN,
@@ -222,12 +223,14 @@ def _times(
     load = workload.load_rps
     if load <= 0:
         return execution_ms(running), execution_ms(batch), capacity
-    share = np.zeros_like(prompt) if is_static else np.minimum(MOST_PREFILL_SHARE, load / data * (prompt / 1000.0))
-    left = 1.0 - share
+    share = np.zeros_like(prompt) if is_static else load / data * (prompt / 1000.0)
+    execution = execution_ms(running)
     for _ in range(OCCUPANCY_ROUNDS):
-        busy = np.ceil(load / data * (execution_ms(running) / left / 1000.0))
-        running = np.minimum(batch, np.maximum(1.0, np.minimum(busy, 2.0**52)).astype(np.int64))
-    execution = execution_ms(running) / left
+        busy = load / data * (execution / 1000.0)
+        crowd = busy + BUSY_DEVIATIONS * np.sqrt(busy / data)
+        running = np.minimum(batch, np.maximum(1.0, np.minimum(np.ceil(crowd), 2.0**52)).astype(np.int64))
+        left = 1.0 - np.minimum(MOST_PREFILL_SHARE, share * crowd / busy)
+        execution = execution_ms(running) / left
     served = capacity >= SERVES_MARGIN * load
     servers = data * batch
     utilisation = np.where(served, load / capacity, 0.5)
