@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from spotserve.core.commands import KillInstance, LaunchInstance
+from spotserve.core.commands import KillInstance, LaunchInstance, TakeSnapshot
 from spotserve.core.fleet import HOLD_S
 from spotserve.core.state import GIVEN_BACK
 from spotserve.core.trace import Trace
@@ -79,3 +79,36 @@ def test_without_the_option_everything_is_kept() -> None:
     """Tests that nobody gives back what a person rented unless they said so."""
     _, told = played(four_instances(event(20, "add", "i4"), end_s=LONG_S), spare=None)
     assert {verb for _, verb, _ in told} == {"launch"}
+
+
+def test_what_a_layout_was_denied_is_kept_for_it() -> None:
+    """Tests that idle instances stay while a preemption has left too few for the layout that was chosen freely."""
+    made = small_scenario(four_instances(event(2 * HOLD_S, "notice", "i0", grace_s=20.0), end_s=LONG_S), rate_rps=1.0)
+    limits = made.spec.limits.model_copy(update={"spare_instances": 0, "data": 2, "pipeline": 2, "tensor": 1})
+    journal = Entries()
+    pinned = replace(made, spec=made.spec.model_copy(update={"limits": limits}))
+    result = simulate(pinned, "live", make_plan, journal=journal)
+    killed = [one.reason for entry in journal.kept for one in entry.commands if isinstance(one, KillInstance)]
+    assert {(4, "(2,2,1)"), (3, "(1,2,1)")} <= {(moment.instances, moment.layout) for moment in result.timeline}
+    assert killed == ["deadline"], "the third instance waits for a fourth"
+
+
+def test_freed_gpus_are_looked_at_again() -> None:
+    """Tests that under a known load a plan made for a notice is followed by one for the GPUs that it left idle."""
+    load = event(0, "load").model_copy(update={"rps": 1.0})
+    trace = four_instances(event(20, "notice", "i0", grace_s=20.0), end_s=60.0)
+    told = trace.model_copy(update={"events": (load, *trace.events)})
+    asked = {}
+    for name, played_trace in (("known", told), ("unknown", trace)):
+        journal = Entries()
+        made = scenario(played_trace, spare=None)
+        simulate(made, "live", make_plan, journal=journal)
+        asked[name] = [
+            command.trigger.kind
+            for entry in journal.kept
+            for command in entry.commands
+            if command.kind == "take_snapshot"
+        ]
+    assert asked["unknown"][:2] == ["start", "notice"]
+    assert asked["known"].index("joined") == asked["known"].index("notice") + 1
+    assert "joined" not in asked["unknown"][:2]
