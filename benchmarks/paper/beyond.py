@@ -1,8 +1,8 @@
 """The same clusters under arrivals that are not periodic: our policy against the paper's system and its baselines.
 
 Three models, four traces, four workloads. The published systems are those of `systems`: static batches, their
-optimizer, told the mean rate. `paper`, `reroute` and `reparallelize` are their policies with our batching, and the last
-two with our planner. All of ours are told the mean rate at the beginning and measure it from then on.
+optimizer, told the rate. `paper`, `reroute` and `reparallelize` are their policies with our batching, and the last two
+with our planner. `live` is told the mean rate at the beginning and measures it from then on.
 """
 
 from __future__ import annotations
@@ -108,15 +108,16 @@ def _azure(path: Path) -> Workload:
 
 
 def our_scenario(task: Task, requests: Workload, contender: Contender) -> Scenario:
-    """A cell under one of our policies."""
-    made = paper_scenario(task.data, task.model, task.trace, requests, seed=task.seed, knows_load=False)
+    """A cell under one of our policies; `live` measures its load, the others are told it like the published systems."""
+    measures = contender.policy.startswith("live")
+    made = paper_scenario(task.data, task.model, task.trace, requests, seed=task.seed, knows_load=not measures)
     told = TraceEvent(at_s=0.0, kind="load", rps=RATES_RPS[task.model])
-    trace = made.trace.model_copy(update={"events": (told, *made.trace.events)})
+    events = (told, *made.trace.events) if measures else made.trace.events
     limits = made.spec.limits.model_copy(
         update={"max_running": OUR_BATCH, "spare_instances": contender.spare_instances}
     )
     spec = made.spec.model_copy(update={"limits": limits, "solvers": dict(contender.solvers)})
-    return replace(made, spec=spec, trace=trace)
+    return replace(made, spec=spec, trace=made.trace.model_copy(update={"events": events}))
 
 
 def published_scenario(task: Task, requests: Workload, name: str) -> Scenario:

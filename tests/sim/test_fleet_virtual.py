@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from spotserve.core.commands import KillInstance, LaunchInstance, TakeSnapshot
+from spotserve.core.commands import KillInstance, LaunchInstance
 from spotserve.core.fleet import HOLD_S
 from spotserve.core.state import GIVEN_BACK
 from spotserve.core.trace import Trace
