@@ -359,6 +359,7 @@ def test_no_solver_for_a_bad_file(case: Path) -> None:
         assert (2, []) == (code, libraries)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "verb",
     ["plan", "verify", *(pytest.param(verb, marks=pytest.mark.slow) for verb in PLAN_READERS if verb != "verify")],

@@ -290,6 +290,7 @@ def test_a_lost_history_would_be_noticed(
     assert "generated tokens known at position" in capfd.readouterr().err
 
 
+@pytest.mark.thorough
 def test_bfloat16_is_as_exact(tmp_path: Path) -> None:
     """Tests tokens and logprob bits, the prompt's included, in bfloat16 over cuts, chunks, eviction and adoption."""
     folder = write_llama(tmp_path, dtype=torch.bfloat16)

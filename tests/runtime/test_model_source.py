@@ -273,6 +273,7 @@ def test_a_corrupt_download_is_found(hub: Hub, tmp_path: Path) -> None:
     assert resolve_manifest(mended, cache=tmp_path / "cache", progress=Told()).files
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_download_ends_with_its_caller(hub: Hub, tmp_path: Path, number: signal.Signals) -> None:
     """Tests that Ctrl-C in the middle of a download is exit 130 at once, and that nothing downloads on without us."""

@@ -219,6 +219,7 @@ def is_as_placed(plan: Plan) -> bool:
     return True
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("is_short", [False, True], ids=["room", "short"])
 @pytest.mark.usefixtures("no_crumbs")
 def test_nothing_crosses_a_port_twice(seed: int, is_short: bool) -> None:
