@@ -37,6 +37,8 @@ FOUND: dict[int, str] = {
     849: "an instance that was about to be taken was held for capacity that is back (the swarm)",
     1186: "weights came for a position that was gone, and took room for ever (the virtual world)",
     665: "after a restart what a release never freed passed for a replica of the layout (the virtual world)",
+    8241: "a request of which one choice had ended moved twice, and was handed over only once",
+    9151: "the same, after a restart",
     1898: "a reserve of a coordinator that had died came about under the next one (the virtual world)",
 }
 """Seeds that showed a fault, and which; each is mended, and a test of its own."""

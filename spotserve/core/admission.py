@@ -94,9 +94,8 @@ def has_moved(state: ClusterState, request: Request) -> bool:
     run = state.run
     if run is None or not run.committed:
         return False
-    admission = request.kv_generation // KV_GENERATIONS_PER_ADMISSION
-    named = (p.kv_generation for p in run.positions if p.request == request.id)
-    return any(generation // KV_GENERATIONS_PER_ADMISSION == admission for generation in named)
+    # Not by the names of its KV: where a choice had ended before an earlier move, they are those of an older admission.
+    return run.moved.get(request.id) == request.kv_generation
 
 
 def _rooms(state: ClusterState) -> dict[ReplicaId, int]:

@@ -95,7 +95,9 @@ def _commit(state: ClusterState, command: cmd.CommitRun) -> ClusterState:
     assert run is not None
     steps = {step.id: "done" if step.kind in ("commit", "recompute") else run.steps[step.id] for step in run.plan.steps}
     committed = fire(PLAN_RUN, fire(PLAN_RUN, run.state, "prepared"), "committed")
-    state = state.model_copy(update={"run": run.model_copy(update={"steps": steps, "state": committed})})
+    names = {a.request: state.requests[a.request].kv_generation for a in command.moved if a.request in state.requests}
+    run = run.model_copy(update={"steps": steps, "state": committed, "moved": names})
+    state = state.model_copy(update={"run": run})
     for entry in tuple(state.replicas.values()):
         if entry.state == "quiesced":
             state = state.with_replica(entry.model_copy(update={"state": fire(REPLICA, "quiesced", "retired")}))

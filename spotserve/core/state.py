@@ -76,6 +76,8 @@ class PlanRun(Frozen):
     positions: tuple[ChoicePosition, ...] = ()
     sources: dict[RequestId, ReplicaId] = {}
     """The replica on which each request of `positions` stood still."""
+    moved: dict[RequestId, int] = {}
+    """What the commit moved, and the `kv_generation` of each request then."""
     missing: tuple[tuple[RequestId, int], ...] = ()
     durability: Literal["wanted", "asked", "durable"] = "wanted"
     weight_bytes: int = 0
