@@ -14,6 +14,7 @@ from spotserve.core import events as ev
 from spotserve.core.canonical import canonical_json, digest
 from spotserve.core.controller import Controller, Entry
 from spotserve.core.ids import InstanceId
+from spotserve.core.spec import POLICY_VERSION
 from spotserve.store.journal import EntryJournal, Journal
 from spotserve.store.journal_file import JournalIdentity, JournalRecord
 from tests.golden_journals.reading import FOLDER
@@ -66,7 +67,7 @@ def test_tells_the_timeline_as_text_and_json(tmp_path: Path, capsys: pytest.Capt
     assert run_verb(["replay", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert f"{report['entries']} entries from 1970-01-01T00:00:00+00:00" in text
-    assert "same decisions at policy version 1\n" + report["state_digest"] in text
+    assert f"same decisions at policy version {POLICY_VERSION}\n" + report["state_digest"] in text
     rows = text.split("Timeline\n")[1].split("\n\n")[0].splitlines()[1:]
     begun = [int(row.split()[2]) for row in rows if row.split()[1:2] == ["s"]]
     assert begun == [item["sequence"] for item in report["timeline"]]

@@ -278,11 +278,21 @@ def test_tight_lost_at(tight: Scene, place: str) -> None:
     tight.check(streams)
 
 
+CROWDS = 6
+
+
 def test_tight_evictions_while_moving(crowded: Scene) -> None:
     """Tests that streams that evict one another for want of blocks stay exact through a notice and a kill."""
-    before = crowded.count("request_evicted")
-    streams = [stream for _ in range(4) for stream in crowded.streams()]
-    crowded.daemon.wait_for(lambda: crowded.count("request_evicted") > before, "evicted", 120)
+    for _ in range(CROWDS):
+        streams = [stream for _ in range(4) for stream in crowded.streams()]
+        crowded.daemon.wait_for(
+            lambda crowd=streams: crowded.count("request_evicted") > 0 or all(one.done.is_set() for one in crowd),
+            "evicted or done",
+            240,
+        )
+        if crowded.count("request_evicted"):
+            break  # On a machine that starts its clients slowly a crowd may be over before it is one.
+    assert crowded.count("request_evicted"), f"nobody was evicted in {CROWDS} crowds"
     crowded.notice(crowded.serving()[0], 2.0)
     assert crowded.expected * 4 == [stream.wait(240) for stream in streams]
     crowded.fill_up()
