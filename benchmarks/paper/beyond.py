@@ -16,7 +16,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.paper.scenarios import BATCH, RATES_RPS, RUNS, TRACES, drawn_requests, phases_of, published_requests
+from benchmarks.paper.scenarios import (
+    BATCH,
+    RATES_RPS,
+    RELOAD_BYTES_PER_S,
+    RUNS,
+    TRACES,
+    drawn_requests,
+    phases_of,
+    published_requests,
+)
 from benchmarks.paper.scenarios import scenario_of as paper_scenario
 from benchmarks.paper.systems import SYSTEMS
 from benchmarks.results_file import say
@@ -124,7 +133,7 @@ def our_scenario(task: Task, requests: Workload, contender: Contender) -> Scenar
 def published_scenario(task: Task, requests: Workload, name: str) -> Scenario:
     """A cell under a system of the paper."""
     system = PUBLISHED[name]
-    made = paper_scenario(
+    return paper_scenario(
         task.data,
         task.model,
         task.trace,
@@ -134,10 +143,8 @@ def published_scenario(task: Task, requests: Workload, name: str) -> Scenario:
         solvers=system.solvers,
         shape=RUNS[task.model].rerouted if system.keeps_shape else None,
         static_batches=system.batches,
+        reload_bytes_per_s=RELOAD_BYTES_PER_S / system.reloads,
     )
-    rate = made.spec.profile.storage_bytes_per_s / system.reloads
-    profile = made.spec.profile.model_copy(update={"storage_bytes_per_s": rate})
-    return replace(made, spec=made.spec.model_copy(update={"profile": profile}))
 
 
 def play(task: Task) -> list[dict[str, Any]]:

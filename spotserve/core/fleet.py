@@ -29,7 +29,7 @@ def hold_fleet(before: ClusterState, state: ClusterState, event: ev.Event) -> It
     for number in range(_missing(before, state, event, spare)):
         name = InstanceId(f"i{len(state.instances) + number}")
         yield cmd.LaunchInstance(instance=name)
-    settled = before.run is not None and state.run is None
+    settled = (before.run is not None and state.run is None) or isinstance(event, ev.CoordinatorRestarted)
     if settled or not before.served or state.membership != before.membership:
         yield cmd.SetTimer(timer=TIMER, at_s=state.at_s + HOLD_S)
     if isinstance(event, ev.TimerFired) and event.timer == TIMER:
@@ -93,8 +93,7 @@ def _surplus(state: ClusterState, spare: int) -> list[InstanceId]:
 
 def _wanted(state: ClusterState, spare: int) -> int:
     """How many instances shall be idle: those for the next preemption, and what a layout lacks that was cut short."""
-    used = {instance_of(gpu) for replica in state.serving() for gpu in replica.gpus}
-    return spare + max(0, state.needed - len(used))
+    return spare + max(0, state.needed - len(state.used_instances()))
 
 
 def _idle(state: ClusterState) -> list[Instance]:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from spotserve.core import commands as cmd
-from spotserve.core.ids import instance_of
 from spotserve.core.lifecycles import PLAN_RUN, REPLICA, REQUEST, can_fire, fire
 from spotserve.core.load import load_to_serve
 from spotserve.core.plan import Plan
@@ -176,14 +175,14 @@ def _finish(state: ClusterState, command: cmd.FinishRun) -> ClusterState:
 
 def _may_use_more(state: ClusterState, trigger: TriggerKind) -> bool:
     """Whether GPUs that a hurried plan left idle are free now of what they held, and the load is known to use them."""
-    used = {instance_of(gpu) for replica in state.serving() for gpu in replica.gpus}
+    used = state.used_instances()
     idle = any(one.state == "ready" and one.id not in used for one in state.living())
     return trigger in ("notice", "lost") and idle and state.policy == "live" and load_to_serve(state) > 0
 
 
 def _note_need(state: ClusterState, trigger: TriggerKind) -> ClusterState:
     """How many instances the layout uses; one that was chosen for want of more does not lower the number."""
-    used = len({instance_of(gpu) for replica in state.serving() for gpu in replica.gpus})
+    used = len(state.used_instances())
     ready = sum(one.state == "ready" for one in state.living())
     free_choice = trigger not in ("notice", "lost") and ready >= state.needed
     return state.model_copy(update={"needed": used if free_choice else max(used, state.needed)})

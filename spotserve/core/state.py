@@ -208,6 +208,10 @@ class ClusterState(Frozen):
     def _serving(self) -> tuple[Replica, ...]:
         return tuple(entry.replica for entry in self.replicas.values() if entry.state == "serving")
 
+    def used_instances(self) -> frozenset[InstanceId]:
+        """Instances with a GPU of a replica that decodes."""
+        return frozenset(instance_of(gpu) for replica in self.serving() for gpu in replica.gpus)
+
     def doomed(self, replica: Replica) -> bool:
         """Whether the replica has a GPU on an instance that will be taken."""
         return bool(self._doomed) and any(instance_of(gpu) in self._doomed for gpu in replica.gpus)

@@ -7,7 +7,7 @@ runs goes on, is replaced live or stopped first; how a layout becomes a plan is 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -17,6 +17,7 @@ from spotserve.core.plan import Mode, Plan, PlanningProblem, SolverReport
 from spotserve.core.snapshot import Replica
 from spotserve.solvers.configure import Candidate, Choice, Table, configure, tabulate
 from spotserve.solvers.configure.candidates import UNSERVED_US
+from spotserve.solvers.configure.choice import RESHAPE_GAIN_PERMILLE
 from spotserve.solvers.configure.mixed import MixChoice, configure_by_type
 from spotserve.solvers.estimate import workload_of
 from spotserve.solvers.facts import Facts, gather
@@ -25,7 +26,7 @@ from spotserve.solvers.migrate.sources import UNPLANNED
 from spotserve.solvers.migration_cost import MigrationCost, migration_cost
 from spotserve.solvers.registry import POLICIES, require_known
 from spotserve.solvers.rungs import Rungs
-from spotserve.solvers.widening import GAIN, WORSE, Mix, latency_of, mixes, throughput_of
+from spotserve.solvers.widening import Mix, latency_of, mixes, throughput_of
 
 ATTEMPTS = 8
 """Candidates tried in live mode before in_place is considered, and compared where the first one's outage is long."""
@@ -116,7 +117,9 @@ class Planner:
         if len(facts.view.staying) > MAX_COMPARED_GPUS:
             return None
         planned_ms = latency_of(facts.spec, plan.target.replicas, workload)
-        most_ms = planned_ms / GAIN if plan.mode == "live" else planned_ms * WORSE
+        # As a change of shape must gain, and as a live plan may be worse than one that stops first.
+        live = plan.mode == "live"
+        most_ms = planned_ms * 1000 / RESHAPE_GAIN_PERMILLE if live else planned_ms * WORSE_PERMILLE / 1000
         for mix in islice(mixes(facts.spec, rows, workload, intact=intact, num_idle=len(facts.idle(intact))), ATTEMPTS):
             if mix.latency_ms > most_ms:
                 return None
@@ -264,11 +267,15 @@ class Planner:
         rungs = self._rungs(report)
         if not spawn and len(untouched) == len(replicas):
             return rungs.unchanged()
-        layout = self.layouts.lay_out((pipeline, tensor), spawn, untouched, mode="live")
-        hit = {gpu for replica in self.facts.affected(untouched) for gpu in replica.gpus}
+        return self._rerouted(rungs, lambda mode: self.layouts.lay_out((pipeline, tensor), spawn, untouched, mode=mode))
+
+    def _rerouted(self, rungs: Rungs, lay_out: Callable[[Mode], Layout | None]) -> Plan:
+        """New pipelines come up beside the others, but stop first where they need GPUs of one that was hit."""
+        layout = lay_out("live")
+        hit = {gpu for replica in self.facts.affected(self.facts.view.intact) for gpu in replica.gpus}
         if layout is None or any(gpu in hit for replica in layout.fresh for gpu in replica.gpus):
-            layout = self.layouts.lay_out((pipeline, tensor), spawn, untouched, mode="in_place")
-            assert layout is not None, "a shape that runs fits an empty GPU"
+            layout = lay_out("in_place")
+            assert layout is not None, "a shape that runs fits empty GPUs of its types"
             return rungs.in_place(layout)
         return rungs.from_storage(layout)
 
@@ -287,13 +294,7 @@ class Planner:
         rungs = self._rungs(report)
         if not spawned and len(untouched) == len(replicas):
             return rungs.unchanged()
-        layout = self.layouts.lay_out_by_type(spawned, untouched, mode="live")
-        hit = {gpu for replica in self.facts.affected(untouched) for gpu in replica.gpus}
-        if layout is None or any(gpu in hit for replica in layout.fresh for gpu in replica.gpus):
-            layout = self.layouts.lay_out_by_type(spawned, untouched, mode="in_place")
-            assert layout is not None, "a shape that runs fits empty GPUs of its types"
-            return rungs.in_place(layout)
-        return rungs.from_storage(layout)
+        return self._rerouted(rungs, lambda mode: self.layouts.lay_out_by_type(spawned, untouched, mode=mode))
 
     def _spawned_by_type(self, untouched: tuple[Replica, ...]) -> list[PipelineShape]:
         """Replicas of the shapes that there are, in the order of the replicas, as many as idle GPUs have room for.

@@ -16,12 +16,6 @@ from spotserve.core.snapshot import Replica
 from spotserve.core.spec import ServingSpec
 from spotserve.solvers.configure.candidates import Candidate, Table
 
-GAIN = 1.1
-"""A mix must be so many times as fast as a live plan at hand, as a change of shape must."""
-
-WORSE = 1.5
-"""It may be so many times as slow as a plan that stops first."""
-
 
 @dataclass(frozen=True, slots=True)
 class Mix:
