@@ -269,10 +269,14 @@ def _first_token(state: ClusterState, event: ev.FirstToken) -> ClusterState:
 
 
 def _disturbed(state: ClusterState, event: ev.FirstToken) -> ClusterState:
-    """Count a stall and recomputed tokens with the migration they belong to."""
+    """Count a stall and recomputed tokens with the migration they belong to.
+
+    That is the last one, unless a loss or a restart waits for its plan: nothing else makes streams wait before that.
+    """
     if not event.stall_ms and not event.recomputed_tokens:
         return state
-    answered = state.migrations and state.trigger is None and state.planning is None
+    asked = {state.trigger, state.planning and state.planning.trigger.kind}
+    answered = state.migrations and not asked & {"lost", "start"}
     line = state.migrations[-1] if answered else state.unattributed
     line = line.model_copy(
         update={
