@@ -20,6 +20,9 @@ from spotserve.core.spec import LatencyPoint, Limits, ModelSpec, Profile, Servin
 SERVES_MARGIN = 1.05
 """A configuration serves a load only if its throughput exceeds it by this factor; the wait diverges at 1.0."""
 
+OVERLOAD_S = 30.0
+"""How long more comes than is served, as far as anybody knows: as long as the window in which arrivals are counted."""
+
 OCCUPANCY_ROUNDS = 4
 """Rounds of the fixed point between latency and running sequences (Little's law); it settles in two or three."""
 
@@ -187,8 +190,8 @@ def throughput_rps(spec: ServingSpec, degrees: Degrees, workload: Workload) -> f
     return pool_throughput_rps(spec, Pool(shape, degrees.data, degrees.max_running), workload)
 
 
-def request_ms(spec: ServingSpec, degrees: Degrees, workload: Workload) -> float | None:
-    """l_req = waiting + execution of equal, balanced pipelines; None if they cannot serve the load."""
+def request_ms(spec: ServingSpec, degrees: Degrees, workload: Workload) -> float:
+    """l_req = waiting + execution of equal, balanced pipelines."""
     shape = balanced(spec.model, pipeline=degrees.pipeline, tensor=degrees.tensor)
     return pools_request_ms(spec, (Pool(shape, degrees.data, degrees.max_running),), workload)
 
@@ -221,18 +224,25 @@ def pool_throughput_rps(spec: ServingSpec, pool: Pool, workload: Workload) -> fl
     return pool.data * 1000.0 / (per_prompt + workload.output_tokens * per_token)
 
 
-def pools_request_ms(spec: ServingSpec, pools: Sequence[Pool], workload: Workload) -> float | None:
-    """Mean l_req over pools that share the load as their throughputs are; None if together they cannot serve it.
+def serves_load(capacity_rps: float, workload: Workload) -> bool:
+    """Whether pools of this throughput keep up with the load."""
+    return capacity_rps >= SERVES_MARGIN * workload.load_rps
 
-    The wait of a pool is Sakasegawa's approximation of M/M/c with c = D * B servers.
+
+def pools_request_ms(spec: ServingSpec, pools: Sequence[Pool], workload: Workload) -> float:
+    """Mean l_req over pools that share the load as their throughputs are.
+
+    The wait of a pool is Sakasegawa's approximation of M/M/c with c = D * B servers. Pools that cannot serve the load
+    run full, and who comes at the end of `OVERLOAD_S` waits for what is left over until then.
     """
     capacities = [pool_throughput_rps(spec, pool, workload) for pool in pools]
     capacity = sum(capacities)
-    if workload.load_rps > 0 and capacity < SERVES_MARGIN * workload.load_rps:
-        return None
-    if len(pools) == 1:
-        return _pool_request_ms(spec, pools[0], workload, load_rps=workload.load_rps, capacity_rps=capacity)
     total = 0.0
+    if not serves_load(capacity, workload):
+        for pool, part in zip(pools, capacities, strict=True):
+            full_ms = pipeline_execution_ms(spec, pool.shape, workload, running=pool.max_running)
+            total += part / capacity * full_ms
+        return total + 1000.0 * OVERLOAD_S * max(0.0, workload.load_rps / capacity - 1.0)
     for pool, part in zip(pools, capacities, strict=True):
         share = part / capacity
         load_rps = share * workload.load_rps

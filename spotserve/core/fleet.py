@@ -3,7 +3,8 @@
 Off unless `limits.spare_instances` says how many idle ones shall wait for the next preemption. What is given back was
 idle for a while, so that a layout which changes to and fro keeps what it rents; what is missing is asked for at once,
 as it takes minutes to come. Nobody ever asks for more than was given back: how much there may be is a person's word.
-The published policies keep what they have.
+While requests come in bursts everything is kept: what is idle serves the next one. The published policies keep what
+they have.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from spotserve.core import commands as cmd
 from spotserve.core import events as ev
 from spotserve.core.ids import InstanceId, instance_of
+from spotserve.core.load import comes_in_bursts
 from spotserve.core.plan import Plan
 from spotserve.core.state import GIVEN_BACK, ClusterState, Instance
 
@@ -33,17 +35,23 @@ def hold_fleet(before: ClusterState, state: ClusterState, event: ev.Event) -> It
     if settled or not before.served or state.membership != before.membership:
         yield cmd.SetTimer(timer=TIMER, at_s=state.at_s + HOLD_S)
     if isinstance(event, ev.TimerFired) and event.timer == TIMER:
-        if state.run is not None or state.planning is not None or state.trigger is not None:
+        busy = state.run is not None or state.planning is not None or state.trigger is not None
+        if busy or expects_bursts(state):
             yield cmd.SetTimer(timer=TIMER, at_s=state.at_s + HOLD_S)
         else:
             for name in _surplus(state, spare):
                 yield cmd.KillInstance(instance=name, reason=GIVEN_BACK)
 
 
+def expects_bursts(state: ClusterState) -> bool:
+    """Whether what is idle is kept for the next burst."""
+    return _wanted_idle(state) is not None and comes_in_bursts(state)
+
+
 def is_declined(state: ClusterState, name: InstanceId) -> bool:
     """Whether an instance that is on offer is not taken, as enough idle ones are there or on their way."""
     spare = _wanted_idle(state)
-    if spare is None or not state.serving():
+    if spare is None or not state.serving() or comes_in_bursts(state):
         return False
     others = [one for one in _idle(state) + _coming(state) if one.id != name]
     return len(others) >= _wanted(state, spare)
@@ -57,14 +65,14 @@ def _wanted_idle(state: ClusterState) -> int | None:
 
 
 def _missing(before: ClusterState, state: ClusterState, event: ev.Event, spare: int) -> int:
-    """How many to ask for: all that were given back if the load is too much or nothing fits what is left.
+    """How many to ask for: all that were given back if the load is too much, comes in bursts or fits nothing left.
 
     Else one for each that the cloud takes, and as many as shall be idle.
     """
     if state.given_back == 0 or state.stop_by_s is not None:
         return 0
     overloaded = isinstance(event, ev.PlanReady) and not _serves(event.plan)
-    if overloaded or (state.infeasible and not state.serving()):
+    if overloaded or expects_bursts(state) or (state.infeasible and not state.serving()):
         return state.given_back
     taken = sum(_is_taken(before.instances.get(one.id), one) for one in state.instances.values())
     return min(state.given_back, max(taken, _wanted(state, spare) - len(_idle(state)) - len(_coming(state))))

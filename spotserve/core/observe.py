@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from spotserve.core import events as ev
+from spotserve.core.fleet import expects_bursts
 from spotserve.core.ids import InstanceId, ReplicaId, RequestId, entry_of, instance_of
 from spotserve.core.lifecycles import INSTANCE, REPLICA, REQUEST, can_fire, fire
 from spotserve.core.load import load_to_serve, sampled
@@ -272,11 +273,14 @@ def _disturbed(state: ClusterState, event: ev.FirstToken) -> ClusterState:
     """Count a stall and recomputed tokens with the migration they belong to.
 
     That is the last one, unless a loss or a restart waits for its plan: nothing else makes streams wait before that.
+    Up to policy version 2 anything that waited for a plan was charged.
     """
     if not event.stall_ms and not event.recomputed_tokens:
         return state
-    asked = {state.trigger, state.planning and state.planning.trigger.kind}
-    answered = state.migrations and not asked & {"lost", "start"}
+    waits = {state.trigger, state.planning and state.planning.trigger.kind} - {None}
+    if state.policy_version > 2:
+        waits &= {"lost", "start"}
+    answered = state.migrations and not waits
     line = state.migrations[-1] if answered else state.unattributed
     line = line.model_copy(
         update={
@@ -423,6 +427,7 @@ def _load(state: ClusterState, event: ev.LoadSampled) -> ClusterState:
     reference = max(state.planned_load_rps, 0.05)
     changed = load_rps > 1.5 * reference or load_rps < 0.5 * state.planned_load_rps
     changed = changed or (event.told and event.load_rps != state.planned_load_rps)
+    changed = changed or expects_bursts(state) != state.planned_for_bursts
     return raise_trigger(state, "load") if changed and state.epoch and state.serving() else state
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from spotserve.core import commands as cmd
 from spotserve.core import events as ev
 from spotserve.core.admission import KV_GENERATIONS_PER_ADMISSION, by_arrival, has_moved
-from spotserve.core.ids import ReplicaId, RequestId, StepId
+from spotserve.core.ids import ReplicaId, RequestId, StepId, instance_of
 from spotserve.core.plan import CopyKvDelta, KvRoute, Plan, Quiesce, Step
 from spotserve.core.record import record
 from spotserve.core.state import ClusterState, PlanRun, Request
@@ -40,7 +40,8 @@ def begin(state: ClusterState, plan: Plan) -> Iterator[cmd.Command]:
     latest = [s.latest_s for s in plan.steps if isinstance(s, Quiesce) and s.latest_s is not None]
     if latest:
         yield cmd.SetTimer(timer=f"latest:{plan.epoch.to}", at_s=state.at_s + min(latest))
-    deadlines = [i.deadline_at_s for i in state.instances.values() if i.deadline_at_s is not None]
+    sources = {instance_of(s.source) for s in plan.steps if isinstance(s, CopyKvDelta)}
+    deadlines = [at_s for name in sources if (at_s := state.instances[name].deadline_at_s) is not None]
     if deadlines:
         at_s = max(state.at_s, min(deadlines) - DEADLINE_MARGIN_S)
         yield cmd.SetTimer(timer=f"delta:{plan.epoch.to}", at_s=at_s)

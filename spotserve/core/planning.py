@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from spotserve.core import commands as cmd
 from spotserve.core import events as ev
 from spotserve.core.admission import by_arrival
+from spotserve.core.fleet import expects_bursts
 from spotserve.core.ids import RequestId, entry_of
 from spotserve.core.load import load_to_serve
 from spotserve.core.plan import Plan, Trigger
@@ -60,7 +61,10 @@ def _start_planning(state: ClusterState, kind: str) -> Iterator[cmd.Command]:
 
 
 def _trigger(state: ClusterState, kind: str) -> Trigger:
+    """Why there is to be a plan: doomed instances that nothing runs on any more hurry nobody."""
+    used = state.used_instances()
     doomed = tuple(i for i in state.instances.values() if i.state == "doomed")
+    doomed = tuple(i for i in doomed if i.id in used) or (doomed if kind == "notice" else ())
     deadlines = [i.deadline_at_s for i in doomed if i.deadline_at_s is not None]
     remaining_s = max(0.0, min(deadlines) - state.at_s) if deadlines else None
     return Trigger.model_validate({"kind": kind, "instances": tuple(i.id for i in doomed), "remaining_s": remaining_s})
@@ -89,7 +93,7 @@ def _solve(state: ClusterState, event: ev.SnapshotTaken) -> Iterator[cmd.Command
         for request in by_arrival(state.requests.values())
     )
     world = world_of(state).model_copy(update={"holdings": event.holdings})
-    snapshot = Snapshot(world=world, requests=requests, load_rps=load_to_serve(state))
+    snapshot = Snapshot(world=world, requests=requests, load_rps=load_to_serve(state), in_bursts=expects_bursts(state))
     yield cmd.SolvePlan(
         snapshot=snapshot, trigger=planning.trigger, epoch_to=planning.epoch_to, membership=state.membership
     )

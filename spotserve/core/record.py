@@ -38,7 +38,8 @@ def _snapshot(state: ClusterState, command: cmd.TakeSnapshot) -> ClusterState:
 def _solve(state: ClusterState, command: cmd.SolvePlan) -> ClusterState:
     assert state.planning is not None
     planning = state.planning.model_copy(update={"phase": "solve"})
-    return state.model_copy(update={"planning": planning, "planned_load_rps": load_to_serve(state)})
+    planned = {"planned_load_rps": load_to_serve(state), "planned_for_bursts": command.snapshot.in_bursts}
+    return state.model_copy(update={"planning": planning, **planned})
 
 
 def _begin(state: ClusterState, command: cmd.BeginRun) -> ClusterState:

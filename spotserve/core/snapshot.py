@@ -130,6 +130,8 @@ class Snapshot(Frozen):
     world: World
     requests: tuple[RequestProgress, ...] = ()
     load_rps: float = Field(default=0.0, ge=0)
+    in_bursts: bool = Field(default=False, exclude_if=lambda bursts: not bursts)
+    """Whether requests come in bursts: what is paid for serves the next one instead of being given back."""
     next_epoch: int | None = Field(default=None, ge=0)
     """The first epoch that no run has used, aborted ones included; None: the one after the world's."""
 

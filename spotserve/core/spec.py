@@ -20,7 +20,7 @@ LinearKind = Literal["plain", "prepacked"]
 Batching = Literal["continuous", "static"]
 
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-POLICY_VERSION = 2
+POLICY_VERSION = 3
 """Counts changes to what the controller decides: raise it with any change that makes a recorded decision another.
 
 Journals say under which version they were decided; a replay compares decisions only if it is this one.

@@ -176,6 +176,7 @@ class ClusterState(Frozen):
     given_back: int = 0
     """Instances that were not needed and may be asked for again."""
     planned_load_rps: float = 0.0
+    planned_for_bursts: bool = False
     stop_by_s: float | None = None
     stopped: bool = False
 

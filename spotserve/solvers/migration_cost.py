@@ -54,11 +54,10 @@ def migration_cost(
     What the requests of `lost` replicas wait is no choice's fault and not counted; neither is the iteration that a stop
     waits for, as its tokens come as always.
 
-    Under an unknown load, or one that is not served, the requests that are there count as in flight, longer by the
-    ratio of the throughputs.
+    Under an unknown load the requests that are there count as in flight, longer by the ratio of the throughputs.
     """
     load_rps, live = plan.snapshot.load_rps, plan.snapshot.live_requests
-    if load_rps > 0 and not candidate.unserved:
+    if load_rps > 0:
         in_flight = load_rps * candidate.latency_us / 1e6
     else:
         slower = best.throughput_urps / max(1, candidate.throughput_urps)

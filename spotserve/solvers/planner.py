@@ -16,7 +16,6 @@ from spotserve.core.options import WHILE_SERVING
 from spotserve.core.plan import Mode, Plan, PlanningProblem, SolverReport
 from spotserve.core.snapshot import Replica
 from spotserve.solvers.configure import Candidate, Choice, Table, configure, tabulate
-from spotserve.solvers.configure.candidates import UNSERVED_US
 from spotserve.solvers.configure.choice import RESHAPE_GAIN_PERMILLE
 from spotserve.solvers.configure.mixed import MixChoice, configure_by_type
 from spotserve.solvers.estimate import workload_of
@@ -26,7 +25,7 @@ from spotserve.solvers.migrate.sources import UNPLANNED
 from spotserve.solvers.migration_cost import MigrationCost, migration_cost
 from spotserve.solvers.registry import POLICIES, require_known
 from spotserve.solvers.rungs import Rungs
-from spotserve.solvers.widening import Mix, latency_of, mixes, throughput_of
+from spotserve.solvers.widening import Mix, mixes, worth_of
 
 ATTEMPTS = 8
 """Candidates tried in live mode before in_place is considered, and compared where the first one's outage is long."""
@@ -87,15 +86,14 @@ class Planner:
         if self._is_pinned():
             return True
         workload = workload_of(self.facts.problem)
-        running_ms = latency_of(self.facts.spec, replicas, workload)
-        unserved = running_ms == float("inf")
-        if unserved and not candidate.unserved:
+        worth = worth_of(self.facts.spec, replicas, workload)
+        if not worth.serves_load and not candidate.unserved:
             return True
         running = replace(
             candidate,
-            unserved=int(unserved),
-            latency_us=UNSERVED_US if unserved else round(running_ms * 1000),
-            throughput_urps=round(throughput_of(self.facts.spec, replicas, workload) * 1e6),
+            unserved=int(not worth.serves_load),
+            latency_us=round(worth.latency_ms * 1000),
+            throughput_urps=round(worth.throughput_rps * 1e6),
         )
         staying = migration_cost(Rungs(self.facts, self.layouts, {}).unchanged(), running, best=candidate)
         return migration_cost(restart, candidate, best=candidate).beats(staying)
@@ -116,12 +114,13 @@ class Planner:
             return None
         if len(facts.view.staying) > MAX_COMPARED_GPUS:
             return None
-        planned_ms = latency_of(facts.spec, plan.target.replicas, workload)
+        planned = worth_of(facts.spec, plan.target.replicas, workload)
         # As a change of shape must gain, and as a live plan may be worse than one that stops first.
         live = plan.mode == "live"
-        most_ms = planned_ms * 1000 / RESHAPE_GAIN_PERMILLE if live else planned_ms * WORSE_PERMILLE / 1000
+        most_ms = planned.latency_ms * (1000 / RESHAPE_GAIN_PERMILLE if live else WORSE_PERMILLE / 1000)
         for mix in islice(mixes(facts.spec, rows, workload, intact=intact, num_idle=len(facts.idle(intact))), ATTEMPTS):
-            if mix.latency_ms > most_ms:
+            gains_service = mix.worth.serves_load > planned.serves_load
+            if mix.worth.serves_load < planned.serves_load or (mix.worth.latency_ms > most_ms and not gains_service):
                 return None
             layout = self.layouts.lay_out(mix.shape, mix.count, intact, mode="live")
             if layout is not None:
@@ -158,6 +157,7 @@ class Planner:
             rows,
             workload=workload_of(self.facts.problem),
             solver=self.facts.solvers["configure"],
+            in_bursts=self.facts.problem.snapshot.in_bursts,
         )
 
     def _near_best(self, rows: Table, first: Choice) -> Iterator[tuple[Choice, Candidate]]:
@@ -328,9 +328,9 @@ def _beside(mix: Mix) -> SolverReport:
         "count": mix.count,
         "pipeline": mix.shape[0],
         "tensor": mix.shape[1],
-        "serves_load": 1,
+        "serves_load": int(mix.worth.serves_load),
     }
-    return SolverReport(name="widening", status="feasible", objective=mix.latency_ms, certificate=certificate)
+    return SolverReport(name="widening", status="feasible", objective=mix.worth.latency_ms, certificate=certificate)
 
 
 def _pins(choice: Choice) -> str | int | float | None:
@@ -348,7 +348,7 @@ def _about_as_good(candidate: Candidate, best: Candidate) -> bool:
     """Whether a live plan for `candidate` is worth more than an in_place plan for `best`."""
     if candidate.unserved > best.unserved:
         return False
-    if best.unserved or best.latency_us == candidate.latency_us:
+    if best.latency_us == candidate.latency_us:
         return candidate.throughput_urps * WORSE_PERMILLE >= best.throughput_urps * 1000
     return candidate.latency_us * 1000 <= best.latency_us * WORSE_PERMILLE
 

@@ -51,7 +51,11 @@ def grace_left_s(instance: InstanceView, problem: PlanningProblem) -> float | No
 
 
 def look(problem: PlanningProblem) -> View:
-    """Classify the snapshot's GPUs and replicas under the trigger."""
+    """Classify the snapshot's GPUs and replicas under the trigger.
+
+    Doomed GPUs without a position are not there: what they hold may be gone before it is read.
+    """
+    used = {gpu for replica in problem.snapshot.world.replicas for gpu in replica.gpus}
     memory: dict[GpuId, int] = {}
     staying: list[GpuId] = []
     doomed: dict[GpuId, float | None] = {}
@@ -60,6 +64,8 @@ def look(problem: PlanningProblem) -> View:
         if state not in ("ready", "doomed"):
             continue
         for gpu in sorted(instance.gpus, key=lambda gpu: natural_key(gpu.id)):
+            if state == "doomed" and gpu.id not in used:
+                continue
             memory[gpu.id] = gpu.memory_bytes
             if state == "doomed":
                 doomed[gpu.id] = grace_left_s(instance, problem)

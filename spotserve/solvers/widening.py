@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from spotserve.core.cost import Pool, Workload, balanced, pool_throughput_rps, pools_request_ms
+from spotserve.core.cost import Pool, Workload, balanced, pool_throughput_rps, pools_request_ms, serves_load
 from spotserve.core.snapshot import Replica
 from spotserve.core.spec import ServingSpec
 from spotserve.solvers.configure.candidates import Candidate, Table
@@ -19,23 +19,27 @@ from spotserve.solvers.configure.candidates import Candidate, Table
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """So many new replicas of one shape beside the intact ones (none: just these), and a request's latency then."""
+    """So many new replicas of one shape beside the intact ones (none: just these), and what they are worth then."""
 
     shape: tuple[int, int]
     count: int
+    worth: Worth
+
+
+@dataclass(frozen=True, slots=True)
+class Worth:
+    """What replicas of any shapes are to requests together."""
+
+    throughput_rps: float
     latency_ms: float
+    serves_load: bool
 
 
-def latency_of(spec: ServingSpec, replicas: Sequence[Replica], workload: Workload, *further: Pool) -> float:
-    """l_req in ms over replicas of any shapes, infinite if they cannot serve the load."""
+def worth_of(spec: ServingSpec, replicas: Sequence[Replica], workload: Workload, *further: Pool) -> Worth:
+    """The worth of at least one replica."""
     pools = (*pools_of(spec, replicas), *further)
-    latency_ms = pools_request_ms(spec, pools, workload) if pools else None
-    return float("inf") if latency_ms is None else latency_ms
-
-
-def throughput_of(spec: ServingSpec, replicas: Sequence[Replica], workload: Workload) -> float:
-    """Requests per second of replicas of any shapes."""
-    return sum(pool_throughput_rps(spec, pool, workload) for pool in pools_of(spec, replicas))
+    throughput_rps = sum(pool_throughput_rps(spec, pool, workload) for pool in pools)
+    return Worth(throughput_rps, pools_request_ms(spec, pools, workload), serves_load(throughput_rps, workload))
 
 
 def pools_of(spec: ServingSpec, replicas: Sequence[Replica]) -> list[Pool]:
@@ -52,13 +56,17 @@ def pools_of(spec: ServingSpec, replicas: Sequence[Replica]) -> list[Pool]:
 def mixes(
     spec: ServingSpec, rows: Table, workload: Workload, *, intact: Sequence[Replica], num_idle: int
 ) -> Iterator[Mix]:
-    """The mixes that serve the load, fastest first: as many new replicas of a shape as idle GPUs hold."""
-    found = [Mix((1, 1), 0, latency_of(spec, intact, workload))]
+    """The mixes, fastest first, but those that serve the load: as many new replicas of a shape as idle GPUs hold."""
+    found = [Mix((1, 1), 0, worth_of(spec, intact, workload))]
     for row in _filling(rows, num_idle):
         pool = Pool(balanced(spec.model, pipeline=row.pipeline, tensor=row.tensor), row.data, row.max_running)
-        found.append(Mix(row.shape, row.data, latency_of(spec, intact, workload, pool)))
-    served = [mix for mix in found if mix.latency_ms < float("inf")]
-    return iter(sorted(served, key=lambda mix: (mix.latency_ms, mix.count * mix.shape[0] * mix.shape[1], mix.shape)))
+        found.append(Mix(row.shape, row.data, worth_of(spec, intact, workload, pool)))
+    return iter(sorted(found, key=_rank))
+
+
+def _rank(mix: Mix) -> tuple[bool, float, int, tuple[int, int]]:
+    gpus = mix.count * mix.shape[0] * mix.shape[1]
+    return not mix.worth.serves_load, mix.worth.latency_ms, gpus, mix.shape
 
 
 def _filling(rows: Table, num_idle: int) -> Iterator[Candidate]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from spotserve.core.cost import (
+    OVERLOAD_S,
     Degrees,
     Pool,
     ShardSizes,
@@ -17,10 +18,12 @@ from spotserve.core.cost import (
     least_kv_blocks,
     most_kv_blocks,
     pool_throughput_rps,
+    pools_request_ms,
     prefill_ms,
     replica_shards,
     request_ms,
     running_bound,
+    serves_load,
     slowest_stage_ms,
     throughput_rps,
 )
@@ -78,16 +81,27 @@ def test_idle_stages_are_counted() -> None:
 
 
 def test_waiting_grows_with_the_load() -> None:
-    """Tests that latency rises with the load and there is none once the load exceeds the throughput."""
+    """Tests that latency rises with the load until that exceeds the throughput, less the margin."""
     spec, degrees = tiny_spec(), Degrees(1, 2, 1, 4)
     capacity = throughput_rps(spec, degrees, WORKLOAD)
-    latencies = [
-        request_ms(spec, degrees, Workload(64, 32, share * capacity)) for share in (0.0, 0.3, 0.6, 0.9, 0.96, 1.2)
-    ]
-    served = [latency for latency in latencies if latency is not None]
-    assert latencies[4:] == [None, None]
+    loads = [Workload(64, 32, share * capacity) for share in (0.0, 0.3, 0.6, 0.9, 0.96, 1.2)]
+    assert [True] * 4 + [False] * 2 == [serves_load(capacity, load) for load in loads]
+    served = [request_ms(spec, degrees, load) for load in loads[:4]]
     assert served == sorted(served)
     assert len(set(served)) == 4
+
+
+def test_overload_waits_for_what_is_left_over() -> None:
+    """Tests that what cannot serve its load runs full, and lets wait for what came too much in half a minute."""
+    spec, degrees = tiny_spec(), Degrees(1, 2, 1, 4)
+    capacity = throughput_rps(spec, degrees, WORKLOAD)
+    full_ms = execution_ms(spec, degrees, WORKLOAD, running=4)
+    waiting = [request_ms(spec, degrees, Workload(64, 32, share * capacity)) - full_ms for share in (0.99, 1.2, 3.0)]
+    assert waiting == pytest.approx([0.0, 0.2 * 1000 * OVERLOAD_S, 2.0 * 1000 * OVERLOAD_S])
+    # Two pools of which one is twice as fast together: the mean of both by what they serve.
+    shape = balanced(spec.model, pipeline=2, tensor=1)
+    both = pools_request_ms(spec, [Pool(shape, 1, 4), Pool(shape, 2, 4)], Workload(64, 32, 6 * capacity))
+    assert both == pytest.approx(full_ms + 1000 * OVERLOAD_S)
 
 
 def test_shards_cover_the_model() -> None:

@@ -9,6 +9,7 @@ from spotserve.core.ids import GpuId, ReplicaId, RequestId
 from spotserve.core.observe import observe
 from spotserve.core.plan import Trigger
 from spotserve.core.snapshot import Replica, Stage
+from spotserve.core.spec import POLICY_VERSION
 from spotserve.core.state import ClusterState, Disturbance, Migration, Planning, ReplicaEntry, Request, TriggerKind
 
 REQUEST, REPLICA = RequestId("1" * 32), ReplicaId("r2")
@@ -28,6 +29,7 @@ def resumed(*, trigger: TriggerKind | None = None, planned: TriggerKind | None =
         planning = Planning(phase="solve", trigger=Trigger(kind=planned), membership=3, epoch_to=3)
     state = ClusterState(
         epoch=2,
+        policy_version=POLICY_VERSION,
         replicas={REPLICA: ReplicaEntry(replica=replica, state="serving")},
         requests={REQUEST: Request(id=REQUEST, arrival_index=0, prompt_tokens=4, num_choices=1, max_tokens=9)},
         migrations=(Migration(epoch=2, trigger="lost", mode="live", outcome="completed"),),

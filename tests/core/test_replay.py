@@ -15,6 +15,7 @@ from spotserve.core.controller import Entry
 from spotserve.core.ids import InstanceId, RequestId
 from spotserve.core.replay import Comparison, compare_state, mismatch, moments
 from spotserve.core.replay_report import cluster_at, replay_report
+from spotserve.core.spec import POLICY_VERSION
 from spotserve.core.state import ClusterState
 from spotserve.errors import StateDirError
 from tests.golden_journals.reading import entries_of
@@ -22,16 +23,10 @@ from tests.golden_journals.reading import entries_of
 Json = dict[str, Any]
 
 
-@pytest.fixture(autouse=True)
-def _version_that_decided(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The journal is of the first policy version."""
-    monkeypatch.setattr(replay_module, "POLICY_VERSION", 1)
-
-
 @pytest.fixture(scope="module")
 def entries() -> list[Entry]:
     """The journal of a daemon whose coordinator was killed in between."""
-    return entries_of("v1-restart")
+    return entries_of(f"v{POLICY_VERSION}-restart")
 
 
 def compared(entries: list[Entry], snapshots: dict[int, Any] | None = None) -> Comparison:
@@ -102,22 +97,22 @@ def test_only_the_first_difference_is_told_and_all_are_counted(entries: list[Ent
 
 def test_another_policy_version_is_not_compared(entries: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests that decisions of an older version are not compared, and differ from nothing."""
-    monkeypatch.setattr(replay_module, "POLICY_VERSION", 2)
+    monkeypatch.setattr(replay_module, "POLICY_VERSION", POLICY_VERSION + 1)
     wrong = changed(entries, 22, commands=(cmd.SetTimer(timer="none", at_s=1.0),))
     comparison = compared(wrong)
     assert ("not_compared", 0, None) == (comparison.verdict, comparison.num_compared, comparison.difference)
-    assert [1] == comparison.versions
+    assert [POLICY_VERSION] == comparison.versions
 
 
 def test_a_restart_brings_its_own_policy_version(entries: list[Entry], monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests that what a coordinator of another version decided after a restart is told from what was before it."""
     restart = next(e for e in entries if isinstance(e.event, ev.CoordinatorRestarted))
-    event = restart.event.model_copy(update={"policy_version": 2})
+    event = restart.event.model_copy(update={"policy_version": POLICY_VERSION + 1})
     upgraded = changed(entries, restart.sequence, event=event)
     comparison = compared(upgraded)
     assert ("partly_compared", restart.sequence - 1) == (comparison.verdict, comparison.num_compared)
-    assert [1, 2] == comparison.versions
-    monkeypatch.setattr(replay_module, "POLICY_VERSION", 2)
+    assert [POLICY_VERSION, POLICY_VERSION + 1] == comparison.versions
+    monkeypatch.setattr(replay_module, "POLICY_VERSION", POLICY_VERSION + 1)
     comparison = compared(upgraded)
     assert (len(entries) - restart.sequence + 1, None) == (comparison.num_compared, comparison.difference)
 

@@ -131,14 +131,42 @@ def test_running_shape_stays() -> None:
     assert [latencies(1100), latencies(1101)] == [[1100], [1000, 1101]]
 
 
-def test_overload_takes_the_most_throughput() -> None:
-    """Tests that when nothing serves the load the choice is within 5 % of the most throughput."""
+def test_overload_takes_the_shortest_wait() -> None:
+    """Tests that when nothing serves the load the choice is within 5 % of the shortest latency, backlog included."""
     spec = tiny_spec()
     rows = tabulate(spec, memory=[8 * MIB] * 6, workload=Workload(64, 32, 1e6), intact=())
     choice = configure(spec, rows, workload=replace(WORKLOAD, load_rps=1e6), solver="enumerate")
     assert choice.candidate is not None
     assert choice.candidate.unserved == 1
-    assert choice.candidate.throughput_urps * 1000 >= 950 * max(row.throughput_urps for row in rows)
+    assert choice.candidate.latency_us <= 1.05 * min(row.latency_us for row in rows if row.data > 1)
+
+
+def test_a_short_overload_is_no_reason_for_a_slow_pipeline() -> None:
+    """Tests that a little more throughput does not pay for twice the latency while the backlog is short."""
+    # Of (latency, throughput), the latency with the backlog of half a minute in it.
+    rows = [
+        Candidate(2, stages, 1, 4, 2, 2, 1, latency_us, latency_us, throughput, 0, 0, 1)
+        for stages, latency_us, throughput in ((7, 30_000_000, 1_300_000), (3, 20_000_000, 1_000_000))
+    ]
+    for solver in ("enumerate", "cpsat"):
+        choice = configure(tiny_spec(), rows, workload=replace(WORKLOAD, load_rps=1.5), solver=solver)
+        assert choice.candidate == rows[1]
+
+
+def test_bursts_are_served_by_what_is_paid_for() -> None:
+    """Tests that where idle instances are given back the cheapest is chosen, but not while load comes in bursts."""
+    spec = tiny_spec(spare_instances=0)
+    rows = [
+        Candidate(data, 1, 1, 4, data, data * 10**6, 0, latency, latency, data * 10**6, 0, 0, 1)
+        for data, latency in ((2, 1_020), (4, 1_000))
+    ]
+    workload = replace(WORKLOAD, load_rps=1.0)
+    chosen_data = []
+    for in_bursts in (False, True):
+        candidate = configure(spec, rows, workload=workload, solver="cpsat", in_bursts=in_bursts).candidate
+        assert candidate is not None
+        chosen_data.append(candidate.data)
+    assert [2, 4] == chosen_data
 
 
 def test_headroom_is_given_up_last() -> None:

@@ -20,13 +20,14 @@ from spotserve.core.cost import (
     replica_shards,
     request_ms,
     running_bound,
+    serves_load,
     throughput_rps,
 )
 from spotserve.core.slices import kv_block_bytes, max_tensor_degree, shard_bytes
 from spotserve.core.snapshot import Replica
 from spotserve.core.spec import LatencyPoint, ServingSpec
 from spotserve.solvers.configure import CHOOSERS, Goal, Table, configure, goals_for, several_replicas, tabulate
-from spotserve.solvers.configure.candidates import COLUMNS, UNSERVED_US, Candidate, as_table
+from spotserve.solvers.configure.candidates import COLUMNS, Candidate, as_table
 from spotserve.solvers.configure.choice import choose_by_cpsat, choose_by_enumeration
 from spotserve.solvers.cp_sat import MAX_SUM, require_exact
 from tests.planning_worlds import KIB, MIB, replica, tiny_model, tiny_spec
@@ -95,7 +96,7 @@ def by_loop(spec: ServingSpec, memory: list[int], workload: Workload, intact: tu
                 most = running_bound(spec.limits, blocks)
                 batch = max(1, min(most, blocks * 16 // (workload.prompt_tokens + workload.output_tokens)))
                 degrees = Degrees(data, pipeline, tensor, batch)
-                latency = request_ms(spec, degrees, workload)
+                throughput = throughput_rps(spec, degrees, workload)
                 same = [one for one in intact if (one.pipeline, one.tensor) == (pipeline, tensor)]
                 shapes = {(one.pipeline, one.tensor) for one in intact}
                 rows.append(
@@ -106,10 +107,10 @@ def by_loop(spec: ServingSpec, memory: list[int], workload: Workload, intact: tu
                         max_running=most,
                         gpus=degrees.gpus,
                         cost_micro=degrees.gpus * round(spec.profile.compared_price_of("") * 1e6),
-                        unserved=int(latency is None),
-                        latency_us=UNSERVED_US if latency is None else round(latency * 1000),
+                        unserved=int(not serves_load(throughput, workload)),
+                        latency_us=round(request_ms(spec, degrees, workload) * 1000),
                         execution_us=round(execution_ms(spec, degrees, workload, running=batch) * 1000),
-                        throughput_urps=round(throughput_rps(spec, degrees, workload) * 1e6),
+                        throughput_urps=round(throughput * 1e6),
                         disturbed=sum(len(one.gpus) for one in intact) - min(data, len(same)) * len(shards),
                         reshaped=int(bool(shapes) and (pipeline, tensor) not in shapes),
                         headroom=int(roomy),

@@ -10,7 +10,7 @@ from spotserve.core.ids import instance_of
 from spotserve.core.plan import LoadWeights, Plan, PlanningProblem, Trigger
 from spotserve.solvers.configure import tabulate
 from spotserve.solvers.planner import make_plan
-from spotserve.solvers.widening import latency_of, mixes
+from spotserve.solvers.widening import mixes, worth_of
 from tests.planning_worlds import MIB, notice, running_problem, tiny_spec
 
 JOINED = Trigger(kind="joined")
@@ -51,7 +51,7 @@ def test_no_mix_without_a_reason(problem: PlanningProblem) -> None:
 
 
 def test_mixes_are_sorted_and_serve() -> None:
-    """Tests that the fastest mix comes first, as fast as the cost model says, and what cannot serve is left out."""
+    """Tests that the fastest mix comes first, as fast as the cost model says, and what cannot serve comes last."""
     problem = crowded()
     intact = problem.snapshot.world.replicas
     spec, memory = problem.spec, [4 * MIB] * 5
@@ -60,12 +60,14 @@ def test_mixes_are_sorted_and_serve() -> None:
         workload = Workload(40, 200, load_rps)
         rows = tabulate(spec, memory=memory, workload=workload, intact=intact)
         found[load_rps] = list(mixes(spec, rows, workload, intact=intact, num_idle=2))
-        latencies = [mix.latency_ms for mix in found[load_rps]]
-        assert latencies == sorted(latencies)
+        ranks = [(not mix.worth.serves_load, mix.worth.latency_ms) for mix in found[load_rps]]
+        assert ranks == sorted(ranks)
     alone = next(mix for mix in found[1.0] if mix.count == 0)
-    assert alone.latency_ms == latency_of(spec, intact, Workload(40, 200, 1.0))
+    assert alone.worth == worth_of(spec, intact, Workload(40, 200, 1.0))
     assert all(mix.count * mix.shape[0] * mix.shape[1] <= 2 for mix in found[1.0])
-    assert found[1e6] == []
+    assert not any(mix.worth.serves_load for mix in found[1e6])
+    assert any(mix.worth.serves_load for mix in found[12.0])
+    assert not all(mix.worth.serves_load for mix in found[12.0])
 
 
 def joined_to_a_slow_shape(*, link_bytes_per_s: float) -> PlanningProblem:

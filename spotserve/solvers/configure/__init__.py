@@ -51,8 +51,13 @@ class Choice:
     report: SolverReport
 
 
-def configure(spec: ServingSpec, rows: Sequence[Candidate], *, workload: Workload, solver: str) -> Choice:
-    """Choose among tabulated candidates: pins come first, then the running shape, then migration headroom."""
+def configure(
+    spec: ServingSpec, rows: Sequence[Candidate], *, workload: Workload, solver: str, in_bursts: bool = False
+) -> Choice:
+    """Choose among tabulated candidates: pins come first, then the running shape, then migration headroom.
+
+    Where idle instances are given back the cheapest of what is about as fast is taken, but not for load `in_bursts`.
+    """
     table = as_table(rows)
     if not len(table):
         certificate: dict[str, str | int | float] = {"kind": "no_candidate"}
@@ -71,7 +76,7 @@ def configure(spec: ServingSpec, rows: Sequence[Candidate], *, workload: Workloa
         roomy = near.where(near.columns["headroom"] > 0)
         roomy = roomy if len(roomy) else near
         offered = several_replicas(roomy, load_known=load_known) if spec.policy == "live" else roomy
-        gives_back = spec.policy == "live" and spec.limits.spare_instances is not None
+        gives_back = spec.policy == "live" and spec.limits.spare_instances is not None and not in_bursts
         goals = goals_for(offered, load_known=load_known, gives_back=gives_back)
         if solver in FICKLE:
             goals = tuple(goal for goal in goals if goal.column != "disturbed")
@@ -117,29 +122,28 @@ def pinned(spec: ServingSpec, table: Table) -> tuple[Table, str]:
 def kept_shape(table: Table, *, load_known: bool) -> Table:
     """The rows that keep the running (P, M) where that is worth it, else all of them."""
     kept = table.where(table.columns["reshaped"] == 0)
-    if not len(kept) or len(kept) == len(table):
-        return table
-    if not load_known:
-        return kept
-    if (table.columns["unserved"] == 0).any():
-        best = int(table.columns["latency_us"].min())
-        worth = int(kept.columns["latency_us"].min()) * 1000 <= best * RESHAPE_GAIN_PERMILLE
-    else:
-        fastest = int(table.columns["throughput_urps"].max())
-        worth = int(kept.columns["throughput_urps"].max()) * RESHAPE_GAIN_PERMILLE >= fastest * 1000
-    return kept if worth else table
+    return kept if len(kept) and (not load_known or _as_good(kept, table, RESHAPE_GAIN_PERMILLE)) else table
 
 
 def several_replicas(table: Table, *, load_known: bool) -> Table:
-    """The rows of at least two replicas where they are nearly as fast as one larger, else all of them.
+    """The rows of at least two replicas where they are nearly as good as one larger, else all of them.
 
     With a second replica the loss of one instance stops only the streams of one, and these have where to go at once:
     their KV moves into a pool that is there already. A single larger replica always stops whole.
     """
     several = table.where(table.columns["data"] > 1)
-    if not len(several):
-        return table
-    if not load_known or bool((table.columns["unserved"] == 1).all()):
-        return several
-    best, theirs = (int(rows.columns["latency_us"].min()) for rows in (table, several))
-    return several if theirs * 1000 <= best * SEVERAL_LOSS_PERMILLE else table
+    return several if len(several) and (not load_known or _as_good(several, table, SEVERAL_LOSS_PERMILLE)) else table
+
+
+def _as_good(some: Table, table: Table, loss_permille: int) -> bool:
+    """Whether the best of `some` is as fast as the table's but for so much, and serves the load if that does."""
+    unserved, best_us = _best(table)
+    some_unserved, some_us = _best(some)
+    return some_unserved == unserved and some_us * 1000 <= best_us * loss_permille
+
+
+def _best(table: Table) -> tuple[int, int]:
+    """(unserved, latency) of the fastest row among those that serve the load, if any does."""
+    unserved = table.columns["unserved"]
+    served = table.where(unserved == unserved.min())
+    return int(unserved.min()), int(served.columns["latency_us"].min())

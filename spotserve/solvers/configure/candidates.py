@@ -16,6 +16,7 @@ from spotserve.core.cost import (
     BUSY_DEVIATIONS,
     MOST_PREFILL_SHARE,
     OCCUPANCY_ROUNDS,
+    OVERLOAD_S,
     SERVES_MARGIN,
     ShardSizes,
     Workload,
@@ -30,8 +31,8 @@ from spotserve.core.spec import ServingSpec, weight_copies
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
-UNSERVED_US = 10**15
-"""Stands for the latency of what cannot serve the load."""
+MOST_US = 10**15
+"""No latency is taken for longer than this, as solvers count in whole numbers."""
 
 MICRO = 1_000_000
 
@@ -165,10 +166,8 @@ def _rows_of_degree(
         "max_running": max_running,
         "gpus": gpus,
         "cost_micro": gpus * round(spec.profile.compared_price_of("") * MICRO),
-        "unserved": np.isinf(latency_ms).astype(np.int64),
-        "latency_us": np.where(
-            np.isinf(latency_ms), UNSERVED_US, np.rint(np.minimum(latency_ms * 1000, UNSERVED_US))
-        ).astype(np.int64),
+        "unserved": (throughput_rps < SERVES_MARGIN * workload.load_rps).astype(np.int64),
+        "latency_us": np.rint(np.minimum(latency_ms * 1000, MOST_US)).astype(np.int64),
         "execution_us": np.rint(execution_ms * 1000).astype(np.int64),
         "throughput_urps": np.rint(throughput_rps * 1e6).astype(np.int64),
         "disturbed": _disturbed(intact, data, pipeline, tensor=tensor),
@@ -198,7 +197,7 @@ def _positions(spec: ServingSpec, sizes: ShardSizes, stages: Ints, *, tensor: in
 def _times(
     spec: ServingSpec, workload: Workload, data: Ints, pipeline: Ints, batch: Ints, *, tensor: int
 ) -> tuple[Floats, Floats, Floats]:
-    """l_req in ms (infinite: not served), l_exe of a full batch and requests per second, as `core/cost.py` has them."""
+    """l_req in ms, l_exe of a full batch and requests per second, as `core/cost.py` has them."""
     curve = latency_curve(spec.profile, tensor=tensor)
     layers = -(-spec.model.num_layers // pipeline)
     overhead = spec.profile.stage_overhead_ms
@@ -236,7 +235,9 @@ def _times(
     utilisation = np.where(served, load / capacity, 0.5)
     crowding = utilisation ** (np.sqrt(2.0 * (servers + 1)) - 1.0)
     waiting = execution * crowding / (servers * (1.0 - utilisation))
-    return np.where(served, waiting + execution, np.inf), execution_ms(batch), capacity
+    full = execution_ms(batch)
+    behind = full + 1000.0 * OVERLOAD_S * np.maximum(0.0, load / capacity - 1.0)
+    return np.where(served, waiting + execution, behind), full, capacity
 
 
 def _disturbed(intact: Sequence[Replica], data: Ints, pipeline: Ints, *, tensor: int) -> Ints:

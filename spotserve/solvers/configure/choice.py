@@ -44,11 +44,10 @@ def goals_for(table: Table, *, load_known: bool, gives_back: bool = False) -> tu
     Where the load is known and instances are given back, the cheapest of what is about as fast is taken; what is paid
     for anyway is used.
     """
-    served = bool((table.columns["unserved"] == 0).any())
     throughput = Goal("throughput_urps", maximise=True)
     fastest, *degrees = Goal("latency_us"), Goal("tensor"), Goal("pipeline"), Goal("data")
     disturbed, cost = Goal("disturbed"), Goal("cost_micro")
-    if load_known and served:
+    if load_known:
         latency = Goal("latency_us", tolerance_permille=TOLERANCE_PERMILLE)
         wishes = (cost, disturbed, throughput) if gives_back else (disturbed, throughput, cost)
         return (Goal("unserved"), latency, *wishes, fastest, *degrees)

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 
 from ortools.sat.python import cp_model
 
-from spotserve.core.cost import SERVES_MARGIN, Pool, Workload, pools_request_ms
+from spotserve.core.cost import (
+    SERVES_MARGIN,
+    Pool,
+    Workload,
+    pool_throughput_rps,
+    pools_request_ms,
+    serves_load,
+)
 from spotserve.core.spec import ServingSpec
 from spotserve.solvers.configure.candidates import MICRO
 from spotserve.solvers.configure.choice import MAX_DETERMINISTIC_TIME, TOLERANCE_PERMILLE
@@ -67,9 +74,8 @@ def operating_points(spec: ServingSpec, template: Template, workload: Workload) 
     for permille in OPERATING_POINTS_PERMILLE:
         served_urps = template.throughput_urps * permille // 1000
         offered = Workload(workload.prompt_tokens, workload.output_tokens, served_urps / MICRO)
-        latency_ms = pools_request_ms(spec, pool, offered)
-        if served_urps and latency_ms is not None:
-            points.append(OperatingPoint(served_urps, round(latency_ms * 1000)))
+        if served_urps and serves_load(pool_throughput_rps(spec, pool[0], workload), offered):
+            points.append(OperatingPoint(served_urps, round(pools_request_ms(spec, pool, offered) * 1000)))
     return tuple(points)
 
 

@@ -13,7 +13,7 @@ from spotserve.core.cost import PipelineShape, Workload, pools_request_ms
 from spotserve.core.plan import SolverReport
 from spotserve.core.spec import ServingSpec
 from spotserve.errors import SpecError
-from spotserve.solvers.configure.candidates import MICRO, UNSERVED_US
+from spotserve.solvers.configure.candidates import MICRO
 from spotserve.solvers.configure.choice import RESHAPE_GAIN_PERMILLE
 from spotserve.solvers.configure.mix import SHARES, Mix, MixProblem, names_of, operating_points, pools_of, solve_mix
 from spotserve.solvers.configure.templates import GpuKind, Template, TemplateMaker, undominated_templates
@@ -125,9 +125,7 @@ class MixConfigurer:
             return False
         if best.serves != kept.serves:
             return best.serves
-        if best.serves:
-            return kept.latency_us * 1000 > best.latency_us * RESHAPE_GAIN_PERMILLE
-        return kept.throughput_urps * RESHAPE_GAIN_PERMILLE < best.throughput_urps * 1000
+        return kept.latency_us * 1000 > best.latency_us * RESHAPE_GAIN_PERMILLE
 
     def _best(self, templates: tuple[Template, ...], least: int, most: int | None) -> _Solved | None:
         """The best mix of `templates`; None if there is none."""
@@ -147,7 +145,7 @@ class MixConfigurer:
         if result.answer is None:
             return None
         latency_ms = pools_request_ms(self.spec, pools_of(offered, result.answer.counts), self.workload)
-        return _Solved(offered, result, UNSERVED_US if latency_ms is None else round(latency_ms * 1000))
+        return _Solved(offered, result, round(latency_ms * 1000))
 
     def _choice(self, solved: _Solved, pins: str) -> MixChoice:
         mix = solved.result.answer
