@@ -42,6 +42,8 @@ PROBE_TIMEOUT_S = 3.0
 WATCH_S = 0.5
 DURABLE_POLL_S = 0.001
 MAX_EVENTS = 256
+BROKEN_CHOICE = "a choice outgrew its replica's KV pool, or the model gave it no usable logits"
+"""What `GET /v1/requests/{id}` says of a request of which a choice ended with an error."""
 
 log = get_logger("world")
 
@@ -304,8 +306,7 @@ class LiveWorld:
             if content.ended is not None:
                 self._ended(name, content.ended)
             elif all(view.finish_reason is not None for view in content.choices):
-                await self.ledger.end(name, "finished")
-                self._ended(name, "finished")
+                await self._complete(name)
         for request in state.requests.values():
             if request.replica is not None and self._known(request.id):
                 for view in self.ledger.content(request.id, with_logprobs=False).choices:
@@ -756,6 +757,15 @@ class LiveWorld:
         for request in outcome.unknown:
             self._close_at_leader(message.replica, message.generation, request)
         for request in outcome.completed:
+            await self._complete(request)
+
+    async def _complete(self, request: RequestId) -> None:
+        """Every choice has ended: the request finished, or failed if one of them ended with an error."""
+        choices = self.ledger.content(request, with_logprobs=False).choices
+        if any(view.finish_reason == "error" for view in choices):
+            await self.ledger.end(request, "failed", BROKEN_CHOICE)
+            self._ended(request, "failed")
+        else:
             await self.ledger.end(request, "finished")
             self._ended(request, "finished")
 

@@ -11,12 +11,12 @@ import pytest
 
 from spotserve.core import commands as cmd
 from spotserve.core import events as ev
-from spotserve.core.ids import ReplicaId, RequestId
+from spotserve.core.ids import GpuId, ReplicaId, RequestId
 from spotserve.core.plan import Trigger
 from spotserve.core.ports import NewRequest
 from spotserve.core.sampling import RankedToken, SamplingParameters, TokenLogprobs
-from spotserve.core.wire import ReleaseCommand, TokenRun
-from spotserve.runtime.live_world import LiveWorld
+from spotserve.core.wire import FinishReason, ReleaseCommand, TokenRun, Tokens
+from spotserve.runtime.live_world import BROKEN_CHOICE, LiveWorld
 from spotserve.store import content as stored_content
 from spotserve.store.ledger import Ledger, Owner, StoredRequest
 
@@ -106,6 +106,36 @@ def test_a_cancel_that_comes_after_the_end_leaves_no_second_record(tmp_path: Pat
 
     assert asyncio.run(asyncio.wait_for(scenario(), TIMEOUT_S))
     assert "finished" == ledger.content(A).ended
+    ledger.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("reasons", "ended"), [(("length", "stop"), ("finished", None)), (("length", "error"), ("failed", BROKEN_CHOICE))]
+)
+def test_a_choice_that_ends_with_an_error_fails_its_request(
+    tmp_path: Path, reasons: tuple[FinishReason, ...], ended: tuple[str, str | None]
+) -> None:
+    """Tests that a request is finished once all of its choices are, and failed if one ended with an error."""
+    ledger = WatchedLedger(tmp_path / "ledger.db")
+    sampling = SamplingParameters(seed=1, max_tokens=1)
+    ledger.accept([NewRequest(request=A, prompt_ids=(1,), num_choices=2, sampling=sampling)])
+    ledger.set_owner(A, R1, 1).result(TIMEOUT_S)
+    runs = [
+        TokenRun(request=A, choice=number, position=0, token_ids=(7,), finish_reason=reason)
+        for number, reason in enumerate(reasons)
+    ]
+    switchboard = SimpleNamespace(send=lambda worker, message: None)
+
+    async def scenario() -> list[ev.Event]:
+        world = world_over(ledger, SimpleNamespace(requests={A: None}, replicas={}), switchboard=switchboard)
+        message = Tokens(replica=R1, generation=1, runs=tuple(runs))
+        await world._append(GpuId("i0/0"), message, ledger.append(R1, 1, runs))
+        return list(await world.next_events())
+
+    events = asyncio.run(asyncio.wait_for(scenario(), TIMEOUT_S))
+    assert [ended[0]] == [event.outcome for event in events if isinstance(event, ev.RequestEnded)]
+    stored = ledger.content(A)
+    assert (*ended, reasons) == (stored.ended, stored.error, tuple(one.finish_reason for one in stored.choices))
     ledger.shutdown()
 
 
