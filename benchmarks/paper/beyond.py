@@ -7,6 +7,7 @@ with our planner. `live` is told the mean rate at the beginning and measures it 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -35,11 +36,13 @@ from spotserve.core.trace import TraceEvent, instance_counts
 from spotserve.sim.measures import RunResult, Spread
 from spotserve.sim.scenario import Scenario
 from spotserve.sim.simulation import simulate
-from spotserve.sim.workloads import Workload, azure_requests, clipped, lengths_of
+from spotserve.sim.workloads import Workload, at_rate, azure_requests, clipped, window
 from spotserve.solvers.configure import tabulate
 from spotserve.solvers.planner import make_plan
 
 WORKLOADS = ("published", "cv6", "poisson", "azure")
+ARRIVALS_S = 1500.0
+"""How long requests are drawn for: longer than any of the traces lasts."""
 AZURE_MOST = (512, 128)
 """Azure's prompts and answers are cut to what the paper's models serve: 640 tokens in all."""
 
@@ -104,12 +107,18 @@ def requests_of(task: Task) -> Workload:
     """The arrivals of a cell, the same for every contender."""
     if task.workload == "published":
         return published_requests(task.data, task.model)
-    lengths = None
     if task.workload == "azure":
-        sample = _azure(task.azure)
-        lengths = lengths_of(clipped(sample, max_prompt_tokens=AZURE_MOST[0], max_output_tokens=AZURE_MOST[1]))
+        return _azure_part(task)
     cv = 6.0 if task.workload == "cv6" else 1.0
-    return drawn_requests(task.model, cv=cv, seed=task.seed, duration_s=1500.0, lengths=lengths)
+    return drawn_requests(task.model, cv=cv, seed=task.seed, duration_s=ARRIVALS_S)
+
+
+def _azure_part(task: Task) -> Workload:
+    """A part that the seed draws of the trace, with its own lengths and gaps; the whole has the model's rate."""
+    slowed = at_rate(_azure(task.azure), rate_rps=RATES_RPS[task.model])
+    start_s = random.Random(task.seed).uniform(0.0, slowed.duration_s - ARRIVALS_S)
+    part = window(slowed, start_s=start_s, stop_s=start_s + ARRIVALS_S)
+    return clipped(part, max_prompt_tokens=AZURE_MOST[0], max_output_tokens=AZURE_MOST[1])
 
 
 @lru_cache(maxsize=1)

@@ -21,7 +21,7 @@ from spotserve.core.trace import Trace, delayed
 from spotserve.sim.durations import Phases
 from spotserve.sim.hardware import Hardware
 from spotserve.sim.scenario import Scenario, Slo
-from spotserve.sim.workloads import FixedLengths, Lengths, Workload, constant, paper_requests, synthetic, with_lengths
+from spotserve.sim.workloads import FixedLengths, Workload, constant, paper_requests, synthetic
 from spotserve.solvers.paper.latency import OUTPUT_TOKENS, BatchPlan, careful, latency_table, phase_times
 
 TRACES = {
@@ -93,10 +93,9 @@ def published_requests(data: Path, model: str, trace: str = "A_S") -> Workload:
     return paper_requests(path.read_bytes(), where=path.name)
 
 
-def drawn_requests(model: str, *, cv: float, seed: int, duration_s: float, lengths: Lengths | None = None) -> Workload:
+def drawn_requests(model: str, *, cv: float, seed: int, duration_s: float) -> Workload:
     """Requests of a model's rate whose gaps really have this coefficient of variation."""
-    drawn = synthetic(constant(RATES_RPS[model]), FixedLengths(), cv=cv, duration_s=duration_s, seed=seed)
-    return drawn if lengths is None else with_lengths(drawn, lengths, seed=seed)
+    return synthetic(constant(RATES_RPS[model]), FixedLengths(), cv=cv, duration_s=duration_s, seed=seed)
 
 
 def scenario_of(
