@@ -250,6 +250,21 @@ def pools_request_ms(spec: ServingSpec, pools: Sequence[Pool], workload: Workloa
     return total
 
 
+@dataclass(frozen=True, slots=True)
+class Worth:
+    """What replicas are to requests together."""
+
+    throughput_rps: float
+    latency_ms: float
+    serves_load: bool
+
+
+def worth_of(spec: ServingSpec, pools: Sequence[Pool], workload: Workload) -> Worth:
+    """The worth of at least one pool."""
+    throughput_rps = sum(pool_throughput_rps(spec, pool, workload) for pool in pools)
+    return Worth(throughput_rps, pools_request_ms(spec, pools, workload), serves_load(throughput_rps, workload))
+
+
 def _pool_request_ms(
     spec: ServingSpec, pool: Pool, workload: Workload, *, load_rps: float, capacity_rps: float
 ) -> float:

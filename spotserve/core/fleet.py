@@ -21,6 +21,8 @@ from spotserve.core.state import GIVEN_BACK, ClusterState, Instance
 HOLD_S = 60.0
 """How long nothing has changed before idle instances go."""
 TIMER = "fleet"
+WATCH_S = 150.0
+"""How long it has served before anything goes: five windows of arrivals, that a burst may be among."""
 
 
 def hold_fleet(before: ClusterState, state: ClusterState, event: ev.Event) -> Iterator[cmd.Command]:
@@ -36,7 +38,7 @@ def hold_fleet(before: ClusterState, state: ClusterState, event: ev.Event) -> It
         yield cmd.SetTimer(timer=TIMER, at_s=state.at_s + HOLD_S)
     if isinstance(event, ev.TimerFired) and event.timer == TIMER:
         busy = state.run is not None or state.planning is not None or state.trigger is not None
-        if busy or expects_bursts(state):
+        if busy or expects_bursts(state) or state.at_s < state.served_at_s + WATCH_S:
             yield cmd.SetTimer(timer=TIMER, at_s=state.at_s + HOLD_S)
         else:
             for name in _surplus(state, spare):

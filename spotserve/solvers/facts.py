@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from spotserve.core.cost import PipelineShape, shape_of
+from spotserve.core.cost import PipelineShape, Pool, shape_of
 from spotserve.core.ids import GpuId, natural_key
 from spotserve.core.plan import PlanningProblem
 from spotserve.core.snapshot import Holding, Replica
@@ -60,6 +60,13 @@ class Facts:
     def shape_of(self, replica: Replica) -> PipelineShape:
         """A replica's stages, each with its layers and GPU type."""
         return shape_of(replica, self.types, self.spec.profile)
+
+    def pools_of(self, replicas: Iterable[Replica]) -> tuple[Pool, ...]:
+        """Replicas by shape, as the cost model takes them."""
+        same: dict[PipelineShape, list[Replica]] = {}
+        for replica in replicas:
+            same.setdefault(self.shape_of(replica), []).append(replica)
+        return tuple(Pool(shape, len(group), min(one.max_running for one in group)) for shape, group in same.items())
 
     def idle(self, untouched: tuple[Replica, ...]) -> tuple[GpuId, ...]:
         """The GPUs that stay and that no `untouched` replica uses."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
-from spotserve.core.cost import PipelineShape
+from spotserve.core.cost import PipelineShape, Worth, worth_of
 from spotserve.core.options import WHILE_SERVING
 from spotserve.core.plan import Mode, Plan, PlanningProblem, SolverReport
 from spotserve.core.snapshot import Replica
@@ -25,7 +25,7 @@ from spotserve.solvers.migrate.sources import UNPLANNED
 from spotserve.solvers.migration_cost import MigrationCost, migration_cost
 from spotserve.solvers.registry import POLICIES, require_known
 from spotserve.solvers.rungs import Rungs
-from spotserve.solvers.widening import Mix, mixes, worth_of
+from spotserve.solvers.widening import Mix, mixes
 
 ATTEMPTS = 8
 """Candidates tried in live mode before in_place is considered, and compared where the first one's outage is long."""
@@ -64,7 +64,7 @@ class Planner:
         restart = rungs.in_place(layout)
         if (wider := self._widened(restart, rows)) is not None:
             return wider
-        return restart if self._is_worth_its_stop(restart, first.candidate) else rungs.unchanged()
+        return restart if self._is_worth_its_stop(restart, first.candidate.worth) else rungs.unchanged()
 
     def _rungs(self, configured: SolverReport) -> Rungs:
         """Plans of layouts for a configuration that was chosen so."""
@@ -75,7 +75,7 @@ class Planner:
         beside = self.facts.policy == "live" and self.facts.solvers["move"] == WHILE_SERVING
         return beside or not self.facts.problem.snapshot.world.replicas
 
-    def _is_worth_its_stop(self, restart: Plan, candidate: Candidate) -> bool:
+    def _is_worth_its_stop(self, restart: Plan, chosen: Worth) -> bool:
         """Whether what runs should stop for a better configuration; the published policies never ask.
 
         What is hit has no choice, nor has what cannot serve its load or is not of the degrees that a person wants.
@@ -85,18 +85,11 @@ class Planner:
             return True
         if self._is_pinned():
             return True
-        workload = workload_of(self.facts.problem)
-        worth = worth_of(self.facts.spec, replicas, workload)
-        if not worth.serves_load and not candidate.unserved:
+        running = worth_of(self.facts.spec, self.facts.pools_of(replicas), workload_of(self.facts.problem))
+        if chosen.serves_load and not running.serves_load:
             return True
-        running = replace(
-            candidate,
-            unserved=int(not worth.serves_load),
-            latency_us=round(worth.latency_ms * 1000),
-            throughput_urps=round(worth.throughput_rps * 1e6),
-        )
-        staying = migration_cost(Rungs(self.facts, self.layouts, {}).unchanged(), running, best=candidate)
-        return migration_cost(restart, candidate, best=candidate).beats(staying)
+        staying = migration_cost(Rungs(self.facts, self.layouts, {}).unchanged(), running, best=chosen)
+        return migration_cost(restart, chosen, best=chosen).beats(staying)
 
     def _is_pinned(self) -> bool:
         """Whether a person chose degrees, which a mix of shapes would not keep."""
@@ -114,11 +107,13 @@ class Planner:
             return None
         if len(facts.view.staying) > MAX_COMPARED_GPUS:
             return None
-        planned = worth_of(facts.spec, plan.target.replicas, workload)
+        planned = worth_of(facts.spec, facts.pools_of(plan.target.replicas), workload)
         # As a change of shape must gain, and as a live plan may be worse than one that stops first.
         live = plan.mode == "live"
         most_ms = planned.latency_ms * (1000 / RESHAPE_GAIN_PERMILLE if live else WORSE_PERMILLE / 1000)
-        for mix in islice(mixes(facts.spec, rows, workload, intact=intact, num_idle=len(facts.idle(intact))), ATTEMPTS):
+        num_idle = len(facts.idle(intact))
+        found = mixes(facts.spec, rows, workload, intact=facts.pools_of(intact), num_idle=num_idle)
+        for mix in islice(found, ATTEMPTS):
             gains_service = mix.worth.serves_load > planned.serves_load
             if mix.worth.serves_load < planned.serves_load or (mix.worth.latency_ms > most_ms and not gains_service):
                 return None
@@ -188,7 +183,7 @@ class Planner:
             if plan is None:
                 continue
             lost = [replica.id for replica in self.facts.view.lost]
-            cost = migration_cost(plan, candidate, best=first.candidate, lost=lost)
+            cost = migration_cost(plan, candidate.worth, best=first.candidate.worth, lost=lost)
             if best is None:
                 best = leading = plan, cost
                 if not cost.may_be_beaten or len(self.facts.view.staying) > MAX_COMPARED_GPUS:
@@ -235,7 +230,9 @@ class Planner:
                 return rungs.live(layout)
         layout = self._lay_out_by_type(choice, self._left_running(untouched), mode="in_place")
         assert layout is not None, "a template fits an empty GPU"
-        return rungs.in_place(layout)
+        restart = rungs.in_place(layout)
+        worth = worth_of(self.facts.spec, choice.pools, workload_of(self.facts.problem))
+        return restart if self._is_worth_its_stop(restart, worth) else rungs.unchanged()
 
     def _lay_out_by_type(self, choice: MixChoice, untouched: tuple[Replica, ...], *, mode: Mode) -> Layout | None:
         """The new replicas of a mix placed beside the untouched ones."""

@@ -7,12 +7,10 @@ plan at hand, the mix is taken.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from spotserve.core.cost import Pool, Workload, balanced, pool_throughput_rps, pools_request_ms, serves_load
-from spotserve.core.snapshot import Replica
+from spotserve.core.cost import Pool, Workload, Worth, balanced, worth_of
 from spotserve.core.spec import ServingSpec
 from spotserve.solvers.configure.candidates import Candidate, Table
 
@@ -26,41 +24,14 @@ class Mix:
     worth: Worth
 
 
-@dataclass(frozen=True, slots=True)
-class Worth:
-    """What replicas of any shapes are to requests together."""
-
-    throughput_rps: float
-    latency_ms: float
-    serves_load: bool
-
-
-def worth_of(spec: ServingSpec, replicas: Sequence[Replica], workload: Workload, *further: Pool) -> Worth:
-    """The worth of at least one replica."""
-    pools = (*pools_of(spec, replicas), *further)
-    throughput_rps = sum(pool_throughput_rps(spec, pool, workload) for pool in pools)
-    return Worth(throughput_rps, pools_request_ms(spec, pools, workload), serves_load(throughput_rps, workload))
-
-
-def pools_of(spec: ServingSpec, replicas: Sequence[Replica]) -> list[Pool]:
-    """Replicas by shape, as the cost model takes them."""
-    same: dict[tuple[int, int], list[Replica]] = defaultdict(list)
-    for replica in replicas:
-        same[replica.pipeline, replica.tensor].append(replica)
-    return [
-        Pool(balanced(spec.model, pipeline=stages, tensor=degree), len(group), min(one.max_running for one in group))
-        for (stages, degree), group in same.items()
-    ]
-
-
 def mixes(
-    spec: ServingSpec, rows: Table, workload: Workload, *, intact: Sequence[Replica], num_idle: int
+    spec: ServingSpec, rows: Table, workload: Workload, *, intact: Sequence[Pool], num_idle: int
 ) -> Iterator[Mix]:
     """The mixes, fastest first, but those that serve the load: as many new replicas of a shape as idle GPUs hold."""
     found = [Mix((1, 1), 0, worth_of(spec, intact, workload))]
     for row in _filling(rows, num_idle):
         pool = Pool(balanced(spec.model, pipeline=row.pipeline, tensor=row.tensor), row.data, row.max_running)
-        found.append(Mix(row.shape, row.data, worth_of(spec, intact, workload, pool)))
+        found.append(Mix(row.shape, row.data, worth_of(spec, (*intact, pool), workload)))
     return iter(sorted(found, key=_rank))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from spotserve.core import commands as cmd
 from spotserve.core import events as ev
 from spotserve.core.decide import decide
-from spotserve.core.fleet import HOLD_S, TIMER, is_declined
+from spotserve.core.fleet import HOLD_S, TIMER, WATCH_S, is_declined
 from spotserve.core.ids import GpuId, InstanceId, ReplicaId
 from spotserve.core.load import Samples
 from spotserve.core.snapshot import Replica, Stage
@@ -63,6 +63,14 @@ def test_bursts_keep_what_is_idle() -> None:
     kept = decide(with_idle(BURST), fired)
     assert [(TIMER, 300.0 + HOLD_S)] == [(one.timer, one.at_s) for one in kept if isinstance(one, cmd.SetTimer)]
     assert not [one for one in kept if isinstance(one, cmd.KillInstance)]
+
+
+def test_idle_instances_are_kept_until_the_load_is_known() -> None:
+    """Tests that nothing is given back before arrivals have been watched for a while."""
+    early = with_idle(CALM).model_copy(update={"at_s": WATCH_S - 1.0})
+    commands = decide(early, ev.TimerFired(at_s=WATCH_S - 1.0, timer=TIMER))
+    assert not [one for one in commands if isinstance(one, cmd.KillInstance)]
+    assert [TIMER] == [one.timer for one in commands if isinstance(one, cmd.SetTimer)]
 
 
 def test_a_burst_asks_for_what_was_given_back() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from spotserve.core.commands import KillInstance, LaunchInstance
-from spotserve.core.fleet import HOLD_S
+from spotserve.core.fleet import HOLD_S, WATCH_S
 from spotserve.core.state import GIVEN_BACK
 from spotserve.core.trace import Trace
 from spotserve.sim.measures import RunResult
@@ -16,7 +16,9 @@ from spotserve.sim.simulation import simulate
 from spotserve.solvers.planner import make_plan
 from tests.sim.scenes import Entries, event, four_instances, small_scenario
 
-LONG_S = 4 * HOLD_S
+GONE_S = WATCH_S + 1.5 * HOLD_S
+"""When idle instances have been given back."""
+LONG_S = 2 * GONE_S
 
 
 def scenario(trace: Trace, *, spare: int | None) -> Scenario:
@@ -50,28 +52,34 @@ def test_idle_instances_go_after_a_while() -> None:
     given = [(at_s, name) for at_s, verb, name in told if verb == "give back"]
     assert [verb for _, verb, _ in nothing] == ["launch"] * 4
     assert len(given) == 1
-    assert HOLD_S <= given[0][0] < LONG_S / 2
+    assert WATCH_S <= given[0][0] < GONE_S
     assert saved.cost.usd < kept.cost.usd
     assert not saved.migrations, "an idle instance concerns nobody"
 
 
 def test_a_spare_that_steps_in_is_replaced() -> None:
     """Tests that a preemption takes the idle instance at once, and that a given-back one is asked for in its place."""
-    trace = four_instances(event(2 * HOLD_S, "notice", "i0", grace_s=20.0), end_s=LONG_S)
+    trace = four_instances(event(GONE_S, "notice", "i0", grace_s=20.0), end_s=LONG_S)
     result, told = played(trace, spare=1)
     launched = [(at_s, name) for at_s, verb, name in told if verb == "launch" and at_s > 1]
     assert [("notice", "completed")] == [(one.trigger, one.outcome) for one in result.migrations]
-    assert [(2 * HOLD_S, "i4")] == launched
+    assert [(GONE_S, "i4")] == launched
 
 
 def test_an_offer_that_nobody_needs_is_declined() -> None:
     """Tests that an instance offered while enough wait is not launched, costs nothing and can be had later."""
-    later = (event(2 * HOLD_S, "add", "i4"), event(2.5 * HOLD_S, "kill", "i0"), event(3 * HOLD_S, "kill", "i1"))
+    later = (
+        event(GONE_S, "add", "i4"),
+        event((GONE_S + HOLD_S / 2), "kill", "i0"),
+        event(GONE_S + HOLD_S, "kill", "i1"),
+    )
     result, told = played(four_instances(*later, end_s=2 * LONG_S), spare=0)
     at_s = {name: (round(when, 3), verb) for when, verb, name in told if when > 1}
-    assert at_s["i4"] == (2 * HOLD_S - 5.0, "give back")
-    asked_s = [when for when, verb, _ in told if when > 2 * HOLD_S and verb == "launch"]
-    assert [2.5 * HOLD_S] * 3 == pytest.approx(asked_s, abs=1), "nothing fits one instance: all are asked for at once"
+    assert at_s["i4"] == (GONE_S - 5.0, "give back")
+    asked_s = [when for when, verb, _ in told if when > GONE_S and verb == "launch"]
+    assert [(GONE_S + HOLD_S / 2)] * 3 == pytest.approx(asked_s, abs=1), (
+        "nothing fits one instance: all are asked for at once"
+    )
     assert all(one.outcome == "completed" for one in result.migrations)
 
 
@@ -83,7 +91,7 @@ def test_without_the_option_everything_is_kept() -> None:
 
 def test_what_a_layout_was_denied_is_kept_for_it() -> None:
     """Tests that idle instances stay while a preemption has left too few for the layout that was chosen freely."""
-    made = small_scenario(four_instances(event(2 * HOLD_S, "notice", "i0", grace_s=20.0), end_s=LONG_S), rate_rps=1.0)
+    made = small_scenario(four_instances(event(GONE_S, "notice", "i0", grace_s=20.0), end_s=LONG_S), rate_rps=1.0)
     limits = made.spec.limits.model_copy(update={"spare_instances": 0, "data": 2, "pipeline": 2, "tensor": 1})
     journal = Entries()
     pinned = replace(made, spec=made.spec.model_copy(update={"limits": limits}))

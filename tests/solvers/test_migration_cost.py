@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from spotserve.core.check import check_plan
+from spotserve.core.cost import Worth
 from spotserve.core.plan import Estimates, Plan, PlanningProblem, RequestAction
-from spotserve.solvers.configure import Candidate
 from spotserve.solvers.migration_cost import HYSTERESIS, QUIET_S, MigrationCost, migration_cost
 from spotserve.solvers.planner import make_plan
 from tests.planning_worlds import MIB, lost, running_problem, tiny_spec
@@ -50,21 +50,16 @@ def test_the_expected_quiet_time_decides(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (1, None, 0) == chosen(make_plan(half_lost(link_bytes_per_s=1e4)))
 
 
-def candidate(latency_us: int, throughput_urps: int, *, unserved: int = 0) -> Candidate:
-    """A row of which only latency and throughput matter."""
-    return Candidate(1, 2, 1, 4, 2, 2, unserved, latency_us, latency_us, throughput_urps, 0, 0, 1)
-
-
 def test_cost_is_counted_in_request_seconds() -> None:
     """Tests serving and outage by hand: under a known load, an unknown one, and with a request that is recomputed."""
     problem = half_lost(link_bytes_per_s=1e9, load_rps=2.0)
     plan = make_plan(problem).model_copy(update={"estimates": Estimates(stall_s=3.0), "requests": (), "steps": ()})
-    row = candidate(500_000, 10)
+    row = Worth(throughput_rps=1e-5, latency_ms=500.0, serves_load=True)
     known = migration_cost(plan, row, best=row)
     assert known.serving == pytest.approx(2.0 * 0.5 * QUIET_S)
     assert known.outage == pytest.approx((8 + 2.0 * 3.0 / 2) * 3.0)
     unknown = plan.model_copy(update={"snapshot": plan.snapshot.model_copy(update={"load_rps": 0.0})})
-    slower = migration_cost(unknown, candidate(1, 5), best=row)
+    slower = migration_cost(unknown, Worth(5e-6, 0.001, serves_load=True), best=row)
     assert slower.serving == pytest.approx(8 * 2 * QUIET_S)
     assert slower.outage == pytest.approx(8 * 3.0)
     again = tuple(

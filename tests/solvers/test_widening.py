@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from spotserve.core.check import check_plan
-from spotserve.core.cost import Workload
+from spotserve.core.cost import Workload, worth_of
 from spotserve.core.ids import instance_of
 from spotserve.core.plan import LoadWeights, Plan, PlanningProblem, Trigger
+from spotserve.core.spec import DeviceProfile
 from spotserve.solvers.configure import tabulate
+from spotserve.solvers.facts import gather
 from spotserve.solvers.planner import make_plan
-from spotserve.solvers.widening import mixes, worth_of
+from spotserve.solvers.widening import mixes
 from tests.planning_worlds import MIB, notice, running_problem, tiny_spec
 
 JOINED = Trigger(kind="joined")
@@ -53,12 +57,13 @@ def test_no_mix_without_a_reason(problem: PlanningProblem) -> None:
 def test_mixes_are_sorted_and_serve() -> None:
     """Tests that the fastest mix comes first, as fast as the cost model says, and what cannot serve comes last."""
     problem = crowded()
-    intact = problem.snapshot.world.replicas
+    replicas = problem.snapshot.world.replicas
+    intact = gather(problem).pools_of(replicas)
     spec, memory = problem.spec, [4 * MIB] * 5
     found = {}
     for load_rps in (1.0, 12.0, 1e6):
         workload = Workload(40, 200, load_rps)
-        rows = tabulate(spec, memory=memory, workload=workload, intact=intact)
+        rows = tabulate(spec, memory=memory, workload=workload, intact=replicas)
         found[load_rps] = list(mixes(spec, rows, workload, intact=intact, num_idle=2))
         ranks = [(not mix.worth.serves_load, mix.worth.latency_ms) for mix in found[load_rps]]
         assert ranks == sorted(ranks)
@@ -79,9 +84,22 @@ def joined_to_a_slow_shape(*, link_bytes_per_s: float) -> PlanningProblem:
     return under_load(problem, 0.5)
 
 
-def test_a_stop_that_nothing_forces_has_to_pay() -> None:
+def with_another_type(problem: PlanningProblem) -> PlanningProblem:
+    """The same cluster, the last GPU of which is of a type that is called otherwise and exactly as fast."""
+    spec, world = problem.spec, problem.snapshot.world
+    other = DeviceProfile(type="other", latencies=spec.profile.latencies)
+    spec = spec.model_copy(update={"profile": spec.profile.model_copy(update={"devices": (other,)})})
+    *others, last = world.instances
+    last = last.model_copy(update={"gpus": tuple(gpu.model_copy(update={"type": "other"}) for gpu in last.gpus)})
+    world = world.model_copy(update={"instances": (*others, last)})
+    snapshot = problem.snapshot.model_copy(update={"world": world})
+    return problem.model_copy(update={"spec": spec, "snapshot": snapshot})
+
+
+@pytest.mark.parametrize("changed", [lambda problem: problem, with_another_type], ids=["one-type", "two-types"])
+def test_a_stop_that_nothing_forces_has_to_pay(changed: Callable[[PlanningProblem], PlanningProblem]) -> None:
     """Tests that a faster shape that needs a stop is taken where the stop is short, and left where it is long."""
-    fast, slow = (make_plan(joined_to_a_slow_shape(link_bytes_per_s=rate)) for rate in (1e9, 1e4))
+    fast, slow = (make_plan(changed(joined_to_a_slow_shape(link_bytes_per_s=rate))) for rate in (1e9, 1e4))
     assert fast.mode == "in_place"
     assert shapes(fast) != [(4, 1)]
     assert ([(4, 1)], ()) == (shapes(slow), slow.steps)

@@ -20,6 +20,7 @@ from spotserve.core.cost import (
     SERVES_MARGIN,
     ShardSizes,
     Workload,
+    Worth,
     latency_curve,
     least_kv_blocks,
     most_kv_blocks,
@@ -59,6 +60,11 @@ class Candidate:
     def shape(self) -> tuple[int, int]:
         """(P, M)."""
         return self.pipeline, self.tensor
+
+    @property
+    def worth(self) -> Worth:
+        """What it is to requests."""
+        return Worth(self.throughput_urps / MICRO, self.latency_us / 1000, not self.unserved)
 
 
 COLUMNS = tuple(field.name for field in fields(Candidate))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from spotserve.core.cost import PipelineShape, Workload, pools_request_ms
+from spotserve.core.cost import PipelineShape, Pool, Workload, pools_request_ms
 from spotserve.core.plan import SolverReport
 from spotserve.core.spec import ServingSpec
 from spotserve.errors import SpecError
@@ -34,6 +34,11 @@ class MixChoice:
     def shapes(self) -> tuple[PipelineShape, ...]:
         """The shape of each replica."""
         return tuple(template.shape for template, count in self.replicas for _ in range(count))
+
+    @property
+    def pools(self) -> tuple[Pool, ...]:
+        """The mix as pools of equal replicas."""
+        return pools_of([template for template, _ in self.replicas], [count for _, count in self.replicas])
 
 
 @dataclass(frozen=True, slots=True)
