@@ -270,26 +270,42 @@ def _first_token(state: ClusterState, event: ev.FirstToken) -> ClusterState:
 
 
 def _disturbed(state: ClusterState, event: ev.FirstToken) -> ClusterState:
-    """Count a stall and recomputed tokens with the migration they belong to.
-
-    That is the last one, unless a loss or a restart waits for its plan: nothing else makes streams wait before that.
-    Up to policy version 2 anything that waited for a plan was charged.
-    """
+    """Count a stall and recomputed tokens with the migration they belong to."""
     if not event.stall_ms and not event.recomputed_tokens:
         return state
-    waits = {state.trigger, state.planning and state.planning.trigger.kind} - {None}
-    if state.policy_version > 2:
-        waits &= {"lost", "start"}
-    answered = state.migrations and not waits
-    line = state.migrations[-1] if answered else state.unattributed
+    index = _waited_for(state, event)
+    line = state.unattributed if index is None else state.migrations[index]
     line = line.model_copy(
         update={
             "stall_ms_max": max(line.stall_ms_max, event.stall_ms),
             "recomputed_tokens": line.recomputed_tokens + event.recomputed_tokens,
         }
     )
-    update = {"migrations": (*state.migrations[:-1], line)} if answered else {"unattributed": line}
-    return state.model_copy(update=update)
+    if index is None:
+        return state.model_copy(update={"unattributed": line})
+    lines = (*state.migrations[:index], line, *state.migrations[index + 1 :])
+    return state.model_copy(update={"migrations": lines})
+
+
+def _waited_for(state: ClusterState, event: ev.FirstToken) -> int | None:
+    """The index of the migration that a request waited for; None for the one to come.
+
+    That is the first one committed since the request stood still. Where there is none it is the last one, unless a loss
+    or a restart still waits for its plan. Up to policy version 2 whatever waited for a plan was to blame.
+    """
+    waits = {state.trigger, state.planning and state.planning.trigger.kind} - {None}
+    first = None
+    if state.policy_version > 2:
+        waits &= {"lost", "start"}
+        stood_still_at_s = event.at_s - event.stall_ms / 1000.0
+        for index in reversed(range(len(state.migrations))):
+            committed_at_s = state.migrations[index].committed_at_s
+            if committed_at_s is not None and committed_at_s <= stood_still_at_s:
+                break
+            first = first if committed_at_s is None else index
+    if first is None and state.migrations and not waits:
+        return len(state.migrations) - 1
+    return first
 
 
 def _evicted(state: ClusterState, event: ev.RequestEvicted) -> ClusterState:

@@ -112,15 +112,21 @@ def _commit(state: ClusterState, command: cmd.CommitRun) -> ClusterState:
     state = _note_migration(state, run)
     moved = tuple(a.request for a in command.moved if a.request in state.requests)
     return state.model_copy(
-        update={"epoch": run.epoch, "membership": state.membership + 1, "awaiting": (*state.awaiting, *moved)}
+        update={
+            "epoch": run.epoch,
+            "membership": state.membership + 1,
+            "awaiting": (*state.awaiting, *moved),
+        }
     )
 
 
 def _note_migration(state: ClusterState, run: PlanRun) -> ClusterState:
     if not state.migrations or state.migrations[-1].epoch != run.epoch:
         return state
-    line = state.migrations[-1].model_copy(
+    line = state.migrations[-1]
+    line = line.model_copy(
         update={
+            "committed_at_s": state.at_s if line.committed_at_s is None else line.committed_at_s,
             "weight_bytes": run.weight_bytes,
             "kv_bytes": run.kv_bytes,
         }

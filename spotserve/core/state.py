@@ -112,6 +112,7 @@ class Migration(Frozen):
     trigger: TriggerKind
     mode: str
     outcome: Literal["completed", "aborted"] | None = None
+    committed_at_s: float | None = None
     estimated_s: float = 0.0
     stall_ms_max: float = 0.0
     weight_bytes: int = 0

@@ -44,7 +44,7 @@ def service_status(state: ClusterState) -> dict[str, Any]:
             "queued": states.count("queued"),
             **state.counters.model_dump(),
         },
-        "migrations": [line.model_dump(mode="json") for line in state.migrations],
+        "migrations": [line.model_dump(mode="json", exclude={"committed_at_s"}) for line in state.migrations],
     }
 
 
