@@ -762,12 +762,10 @@ class LiveWorld:
     async def _complete(self, request: RequestId) -> None:
         """Every choice has ended: the request finished, or failed if one of them ended with an error."""
         choices = self.ledger.content(request, with_logprobs=False).choices
-        if any(view.finish_reason == "error" for view in choices):
-            await self.ledger.end(request, "failed", BROKEN_CHOICE)
-            self._ended(request, "failed")
-        else:
-            await self.ledger.end(request, "finished")
-            self._ended(request, "finished")
+        is_broken = any(view.finish_reason == "error" for view in choices)
+        outcome, error = ("failed", BROKEN_CHOICE) if is_broken else ("finished", None)
+        await self.ledger.end(request, outcome, error)
+        self._ended(request, outcome)
 
     def _first_token(self, request: RequestId, message: wire.Tokens, now_s: float) -> None:
         last_s = self._last_token_s.get(request)

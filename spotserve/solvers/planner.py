@@ -114,8 +114,8 @@ class Planner:
         num_idle = len(facts.idle(intact))
         found = mixes(facts.spec, rows, workload, intact=facts.pools_of(intact), num_idle=num_idle)
         for mix in islice(found, ATTEMPTS):
-            gains_service = mix.worth.serves_load > planned.serves_load
-            if mix.worth.serves_load < planned.serves_load or (mix.worth.latency_ms > most_ms and not gains_service):
+            # A mix that serves the load where the plan does not is taken however slow it is.
+            if (not mix.worth.serves_load, mix.worth.latency_ms) > (not planned.serves_load, most_ms):
                 return None
             layout = self.layouts.lay_out(mix.shape, mix.count, intact, mode="live")
             if layout is not None:

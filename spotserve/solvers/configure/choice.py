@@ -39,7 +39,7 @@ Chooser = Callable[[Table, Sequence[Goal]], Result[int]]
 
 
 def goals_for(table: Table, *, load_known: bool, gives_back: bool = False) -> tuple[Goal, ...]:
-    """The order of wishes. Under an unknown load throughput comes first, else latency of those that serve it.
+    """The order of wishes. Under an unknown load throughput comes first, else to serve it, then latency with backlog.
 
     Where the load is known and instances are given back, the cheapest of what is about as fast is taken; what is paid
     for anyway is used.
